@@ -1,0 +1,57 @@
+OLDEST_RAY := 2.57.0
+VENV := .venv
+VENV_OLDEST := .venv-oldest
+
+# python3.11, or else any python3 that is new enough.
+PYTHON ?= $(shell for python in python3.11 python3; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo "$$python" && break; done)
+
+BIN := $(VENV)/bin
+# Arguments for the command of a target, such as ARGS='-k barrier -x'.
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-unit test-oldest-ray check format clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(VENV)/.installed ## Create .venv with everything for development
+
+demo: venv ## Run the demo
+	$(BIN)/python -m asyncsplit demo $(ARGS)
+
+test: venv ## Run every test, with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+test-unit: venv ## Run the tests that need no Ray cluster
+	$(BIN)/python -m pytest tests/unit $(ARGS)
+
+test-oldest-ray: $(VENV_OLDEST)/.installed ## Run the integration tests on the oldest supported Ray
+	$(VENV_OLDEST)/bin/python -m pytest tests/integration $(ARGS)
+
+check: venv ## Lint, check the format and the types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: venv ## Format, and fix what the linter can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## Remove everything that was generated, the virtual environments too
+	rm -rf $(VENV) $(VENV_OLDEST) build dist .coverage* .hypothesis .*_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.installed: PACKAGES = --editable '.[dev,demo]'
+$(VENV_OLDEST)/.installed: PACKAGES = --editable '.[dev]' 'ray[data]==$(OLDEST_RAY)'
+# OLDEST_RAY is set in this file, so a change here is a change of that environment.
+$(VENV_OLDEST)/.installed: Makefile
+$(VENV)/.installed $(VENV_OLDEST)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { \
+		echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGES)
+	@touch $@

@@ -1,0 +1,100 @@
+"""streaming_split() and iter_batches(): check the arguments, create the coordinator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.data import Dataset
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from asyncsplit import engine
+from asyncsplit.coordinator import SplitCoordinator
+from asyncsplit.iterator import AsyncDataIterator
+from asyncsplit.options import SplitOptions
+from asyncsplit.stream import BatchStream
+
+
+def streaming_split(
+    ds: Dataset,
+    n: int,
+    *,
+    equal: bool = False,
+    locality_hints: Sequence[str] | None = None,
+    options: SplitOptions | None = None,
+) -> list[AsyncDataIterator]:
+    """Split a dataset's stream among ``n`` consumers; returns at once.
+
+    Each epoch executes the dataset anew; it starts when all ``n`` consumers iterate. The
+    iterators share one coordinator actor, on this node, which ends when the last of them is gone.
+
+    Args:
+        ds: The dataset; executed as it is, with its own context.
+        n: How many splits.
+        equal: Give all splits exactly the same number of rows, dropping up to ``n - 1``.
+        locality_hints: For each split, the id of the node its consumer runs on; ignored, as
+            upstream does, where the dataset preserves order.
+        options: Everything else.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument's value is not allowed.
+        RuntimeError: If Ray is not running, or is a release asyncsplit does not support.
+    """
+    engine.check_ray_version()
+    if not isinstance(ds, Dataset):
+        raise TypeError(f"ds={ds!r} must be a ray.data.Dataset, not {type(ds).__name__}")
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise TypeError(f"n={n!r} must be an int: the number of splits")
+    if n < 1:
+        raise ValueError(f"n={n} must be 1 or more: the number of splits")
+    options = options or SplitOptions()
+    if not isinstance(options, SplitOptions):
+        raise TypeError(f"options={options!r} must be an asyncsplit.SplitOptions")
+    if equal and options.routing == "demand":
+        raise ValueError(
+            "equal=True cannot be combined with routing='demand': equal shares are decided by"
+            " rows. Use routing='rows', or equal=False"
+        )
+    hints = _check_hints(locality_hints, n)
+    if not ray.is_initialized():
+        raise RuntimeError(
+            "Ray is not running: the dataset belongs to a cluster that was shut down, or was"
+            " created elsewhere. Call ray.init() and create the dataset again"
+        )
+    coordinator = (
+        ray.remote(SplitCoordinator)
+        .options(
+            num_cpus=0,
+            # Two calls of each consumer wait at a time; the rest is for everything else.
+            max_concurrency=8 * n + 100,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            ),
+        )
+        .remote(ds, n, bool(equal), hints, options)
+    )
+    return [AsyncDataIterator(coordinator, split, n) for split in range(n)]
+
+
+def iter_batches(
+    ds: Dataset, *, options: SplitOptions | None = None, **kwargs: Any
+) -> BatchStream[Any]:
+    """Return a stream of a dataset's batches for a single consumer.
+
+    Keyword arguments are those of `AsyncDataIterator.iter_batches`; errors as
+    `streaming_split`'s.
+    """
+    (iterator,) = streaming_split(ds, 1, options=options)
+    return iterator.iter_batches(**kwargs)
+
+
+def _check_hints(hints: Sequence[str] | None, n: int) -> list[str] | None:
+    if hints is None:
+        return None
+    if isinstance(hints, str) or not all(isinstance(node, str) for node in hints):
+        raise TypeError(f"locality_hints={hints!r} must be a list of {n} node ids (strings)")
+    if len(hints) != n:
+        raise ValueError(
+            f"locality_hints has {len(hints)} node ids for n={n} splits: give one for each split"
+        )
+    return list(hints)

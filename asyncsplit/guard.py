@@ -1,0 +1,141 @@
+"""Schema cache and executor guard, under one `asyncio.Lock`.
+
+A second executor on the same cluster can wait for the CPUs the first one holds and so deadlock
+with it (Ray PR #61607). Hence one lock around everything that starts an executor: an epoch's
+start and the small execution that `Dataset.schema` may need.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor
+from typing import Any, Literal, TypeVar
+
+from ray.data import Dataset, Schema
+
+from asyncsplit import engine
+from asyncsplit.errors import ExecutionActiveError
+from asyncsplit.telemetry.state import CoordinatorState
+
+_R = TypeVar("_R")
+
+DuringExecution = Literal["raise", "observed", "wait"]
+
+
+class Guard:
+    """Owns the dataset's only executor and the schema computed once."""
+
+    def __init__(self, dataset: "Dataset", thread: Executor, state: CoordinatorState) -> None:
+        """Guard a dataset; blocking calls go to ``thread``, one at a time."""
+        self._dataset = dataset
+        self._state = state
+        self._thread = thread
+        self._lock = asyncio.Lock()
+        self._schema: Schema | None = None
+        self._execution: engine.Execution | None = None
+        self._observed: asyncio.Future[Any] | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def active(self) -> bool:
+        """Whether the dataset is being executed."""
+        return not self._idle.is_set()
+
+    async def schema(self, during_execution: DuringExecution) -> Schema | None:
+        """Return the dataset's schema, computing it at most once.
+
+        While the dataset is being executed and the schema is not cached: ``"raise"`` raises,
+        ``"observed"`` returns the schema of the epoch's first block as soon as there is one,
+        ``"wait"`` waits for the execution to end.
+
+        Raises:
+            ExecutionActiveError: With ``"raise"``, if the dataset is being executed.
+        """
+        while True:
+            async with self._held():
+                if self._schema is not None:
+                    self._state.schema_requests["hit"] += 1
+                    return self._schema
+                if not self.active:
+                    self._state.schema_requests["miss"] += 1
+                    self._schema = await self._blocking(engine.dataset_schema, self._dataset)
+                    return self._schema
+                observed = self._observed
+            if during_execution == "raise":
+                self._state.schema_requests["rejected"] += 1
+                self._state.guard_rejections["schema"] += 1
+                raise ExecutionActiveError(
+                    "Cannot call schema() during active dataset execution: a second executor can"
+                    " deadlock with the first. Call it before or after iterating, or use"
+                    ' schema(during_execution="observed") for the schema of the blocks being'
+                    ' delivered, or schema(during_execution="wait") to wait for the epoch to end.'
+                )
+            if during_execution == "wait" or observed is None:
+                await self._idle.wait()
+                continue
+            found = await asyncio.shield(observed)
+            if found is not None:
+                self._state.schema_requests["observed"] += 1
+                return engine.observed_schema(found, self._dataset.context)
+            await self._idle.wait()
+
+    async def start(self, epoch: int) -> engine.Execution:
+        """Start the dataset's executor for an epoch; whatever keeps it from starting is raised."""
+        async with self._held():
+            if self._execution is not None:
+                await self._blocking(self._execution.shutdown)
+            self._idle.clear()
+            self._observed = asyncio.get_running_loop().create_future()
+            try:
+                self._execution = await self._blocking(
+                    engine.Execution.start, self._dataset, epoch
+                )
+            except BaseException:
+                self._ended()
+                raise
+            return self._execution
+
+    def observe(self, schema: object) -> None:
+        """Note the schema of a block of the running epoch; only the first one counts."""
+        if self._observed is not None and not self._observed.done():
+            self._observed.set_result(schema)
+
+    def report_consumer_bytes(self, held_bytes: int) -> None:
+        """Tell the executor's backpressure how much consumers hold."""
+        if self._execution is not None:
+            self._execution.report_consumer_bytes(held_bytes)
+
+    def exhausted(self) -> None:
+        """Note that the executor has delivered everything and is no longer running."""
+        self._ended()
+
+    async def stop(self) -> None:
+        """Shut the running executor down, if there is one."""
+        async with self._held():
+            if self._execution is not None:
+                await self._blocking(self._execution.shutdown)
+            self._ended()
+
+    async def stats(self) -> str:
+        """Return Ray Data's own statistics of the running or the last execution."""
+        if self._execution is None:
+            return str(await self._blocking(self._dataset.stats))
+        return await self._blocking(self._execution.stats)
+
+    @contextlib.asynccontextmanager
+    async def _held(self) -> AsyncIterator[None]:
+        async with self._lock:
+            began = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._state.guard_lock_s += time.perf_counter() - began
+
+    def _ended(self) -> None:
+        self.observe(None)
+        self._idle.set()
+
+    async def _blocking(self, call: Callable[..., _R], *args: object) -> _R:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)

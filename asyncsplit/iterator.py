@@ -1,0 +1,168 @@
+"""AsyncDataIterator: what a worker holds of a split."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ray import cloudpickle
+from ray.data import DataContext, Schema
+
+from asyncsplit.formats import resolve_batch_format
+from asyncsplit.guard import DuringExecution
+from asyncsplit.pipeline import Pipeline, RowPipeline
+from asyncsplit.remote import Coordinator, answer
+from asyncsplit.stream import BatchStream, Consumer
+from asyncsplit.wire import Status
+
+
+class AsyncDataIterator:
+    """One split of a dataset: iterate it once per epoch, from one place at a time.
+
+    It holds a handle to the split's coordinator and two integers, never the dataset: it can be
+    sent to any Ray task or actor at a cost that does not depend on the dataset. Each copy made by
+    sending is a consumer of its own, and a split has one consumer at a time.
+    """
+
+    def __init__(
+        self, coordinator: Coordinator, split_index: int, world_size: int, serialized_bytes: int = 0
+    ) -> None:
+        """Use `asyncsplit.streaming_split` instead."""
+        self._consumer = Consumer(coordinator, split_index, serialized_bytes)
+        self._world_size = world_size
+
+    def __reduce__(self) -> tuple[Callable[[bytes], "AsyncDataIterator"], tuple[bytes]]:
+        """Pickle into one byte string, so that its size is known where it is made."""
+        parts = (self._consumer.coordinator, self._consumer.split, self._world_size)
+        return _restore, (cloudpickle.dumps(parts),)
+
+    def __repr__(self) -> str:
+        """Show which split this is."""
+        return f"<AsyncDataIterator split={self.split_index} of {self._world_size}>"
+
+    @property
+    def split_index(self) -> int:
+        """Which split this is, from 0."""
+        return self._consumer.split
+
+    def world_size(self) -> int:
+        """Return how many splits there are."""
+        return self._world_size
+
+    def iter_batches(
+        self,
+        *,
+        prefetch_batches: int = 1,
+        batch_size: int | None = 256,
+        batch_format: str | None = "default",
+        drop_last: bool = False,
+        local_shuffle_buffer_size: int | None = None,
+        local_shuffle_seed: int | None = None,
+    ) -> BatchStream[Any]:
+        """Return a stream of this split's batches; arguments as `ray.data.DataIterator`'s.
+
+        Nothing happens before the first batch is asked for; then the stream waits until all
+        splits have arrived, and an epoch begins.
+
+        Args:
+            prefetch_batches: How many batches' blocks to fetch ahead; 0 to fetch nothing ahead.
+            batch_size: Rows in a batch; None for whole blocks.
+            batch_format: ``"default"`` or ``"numpy"`` for a dict of arrays, ``"pandas"``,
+                ``"pyarrow"``, or None for blocks as they are.
+            drop_last: Drop the last batch if it is not full.
+            local_shuffle_buffer_size: Shuffle rows in a buffer of at least so many rows.
+            local_shuffle_seed: Seed of that shuffle; the same in each epoch.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument's value is not allowed.
+        """
+        _at_least(0, prefetch_batches=prefetch_batches)
+        if batch_size is not None:
+            _at_least(1, batch_size=batch_size)
+        if local_shuffle_buffer_size is not None:
+            _at_least(1, local_shuffle_buffer_size=local_shuffle_buffer_size)
+            if batch_size is None:
+                raise ValueError(
+                    f"local_shuffle_buffer_size={local_shuffle_buffer_size} needs a batch_size:"
+                    " whole blocks cannot be shuffled"
+                )
+        if local_shuffle_seed is not None:
+            _at_least(0, local_shuffle_seed=local_shuffle_seed)
+        pipeline = partial(
+            Pipeline,
+            batch_size=batch_size,
+            batch_format=resolve_batch_format(batch_format),
+            drop_last=bool(drop_last),
+            shuffle_buffer_size=local_shuffle_buffer_size,
+            shuffle_seed=local_shuffle_seed,
+        )
+        return BatchStream(
+            self._consumer, pipeline, prefetch_batches=prefetch_batches, batch_size=batch_size
+        )
+
+    def iter_rows(self) -> BatchStream[dict[str, Any]]:
+        """Return a stream of this split's rows, each a dict."""
+        return BatchStream(self._consumer, RowPipeline, prefetch_batches=1, batch_size=None)
+
+    async def schema(self, *, during_execution: DuringExecution = "raise") -> Schema | None:
+        """Return the dataset's schema, computed once by the coordinator.
+
+        Args:
+            during_execution: What to do if it is not known yet and the dataset is being
+                executed, so that computing it could deadlock: ``"raise"``; take the
+                ``"observed"`` schema of the first block delivered; or ``"wait"`` for the epoch
+                to end.
+
+        Raises:
+            ExecutionActiveError: With ``"raise"``, in that case.
+        """
+        if during_execution not in ("raise", "observed", "wait"):
+            raise ValueError(
+                f"during_execution={during_execution!r} is unknown:"
+                " use 'raise', 'observed' or 'wait'"
+            )
+        schema: Schema | None = await self._ask("get_dataset_schema", during_execution)
+        return schema
+
+    async def get_context(self) -> DataContext:
+        """Return a copy of the dataset's own `DataContext`."""
+        context: DataContext = await self._ask("get_dataset_context")
+        return context
+
+    async def dataset_tag(self) -> dict[str, str]:
+        """Return ``dataset`` (its id) and ``split_index``, which name this split in metrics."""
+        tag: dict[str, str] = await self._ask("get_dataset_tag", self.split_index)
+        return tag
+
+    async def stats(self) -> str:
+        """Return Ray Data's statistics of the last execution, and the split's own."""
+        return str(await self._ask("stats"))
+
+    async def status(self) -> Status:
+        """Return what the coordinator is doing: epoch, who is missing, who is reading."""
+        return Status(*await self._ask("status"))
+
+    async def metrics_url(self) -> str | None:
+        """Return where the coordinator serves Prometheus metrics; None if it does not."""
+        url: str | None = await self._ask("metrics_url")
+        return url
+
+    async def shutdown(self) -> None:
+        """Stop the dataset's execution for all splits; streams still open get an error."""
+        await self._ask("shutdown_executor")
+
+    async def _ask(self, method: str, *args: object) -> Any:
+        return await answer(self._consumer.coordinator, method, *args)
+
+
+def _restore(packed: bytes) -> AsyncDataIterator:
+    coordinator, split_index, world_size = cloudpickle.loads(packed)
+    return AsyncDataIterator(coordinator, split_index, world_size, len(packed))
+
+
+def _at_least(low: int, **argument: object) -> None:
+    ((name, value),) = argument.items()
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} must be an int")
+    if value < low:
+        raise ValueError(f"{name}={value} must be {low} or more")

@@ -1,0 +1,59 @@
+"""What a user may set, with defaults and the reasons for them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Routing = Literal["rows", "demand"]
+
+
+@dataclass(frozen=True)
+class TelemetryConfig:
+    """Say which figures the coordinator publishes, and where."""
+
+    enabled: bool = True
+    """Serve ``/metrics``; counting itself is too cheap to switch off."""
+
+    host: str = "127.0.0.1"
+    """Address of the endpoint: loopback unless asked otherwise."""
+
+    port: int = 0
+    """Port of the endpoint; 0 takes a free one, see ``metrics_url()``."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a port no socket can have."""
+        if not isinstance(self.port, int) or not 0 <= self.port <= 65535:
+            raise ValueError(
+                f"TelemetryConfig.port={self.port!r} is not a port: use 0 (any free one) to 65535"
+            )
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """Tune one split; the defaults suit a training job."""
+
+    routing: Routing = "rows"
+    """Which split gets the next block: ``"rows"``, the one with the fewest rows so far, as
+    upstream does; ``"demand"``, whoever asks, so that a slow consumer holds nobody up."""
+
+    prefetch_bytes: int = 256 * 2**20
+    """Bytes that may wait for one split, from coordinator to training loop. One block more than
+    this is the most ever held: a block larger than the budget still gets through."""
+
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    """Where the figures go."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError or TypeError naming the option, its value and what is allowed."""
+        if self.routing not in ("rows", "demand"):
+            raise ValueError(
+                f"SplitOptions.routing={self.routing!r} is unknown: use 'rows' or 'demand'"
+            )
+        if not isinstance(self.prefetch_bytes, int) or isinstance(self.prefetch_bytes, bool):
+            raise TypeError(f"SplitOptions.prefetch_bytes={self.prefetch_bytes!r} must be an int")
+        if self.prefetch_bytes < 1:
+            raise ValueError(
+                f"SplitOptions.prefetch_bytes={self.prefetch_bytes} must be 1 or more; one block"
+                " is always let through, so 1 means one block at a time"
+            )
+        if not isinstance(self.telemetry, TelemetryConfig):
+            raise TypeError(f"SplitOptions.telemetry={self.telemetry!r} must be a TelemetryConfig")

@@ -1,0 +1,97 @@
+"""The thread that takes blocks from a running execution.
+
+It calls the executor only while some consumer has unused credit: Ray Data relaxes its
+backpressure for as long as somebody waits inside ``get_next``, so a thread that always waits
+there would switch backpressure off.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+
+from asyncsplit.engine import Bundle, Execution
+
+
+class Pump:
+    """Carries bundles from an execution's thread to the event loop, as far as credit goes."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        deliver: Callable[[list[Bundle], BaseException | None], None],
+        name: str,
+    ) -> None:
+        """Start pumping once `allow` gives credit.
+
+        ``deliver`` is called on the running loop with the bundles taken and, at the end, with
+        `StopIteration` or the error that ended the execution.
+        """
+        self.dataset_wait_s = 0.0
+        self.credit_wait_s = 0.0
+        self._execution = execution
+        self._deliver = deliver
+        self._loop = asyncio.get_running_loop()
+        self._condition = threading.Condition()
+        self._credit = 0
+        self._taken: list[Bundle] = []
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def allow(self, credit_bytes: int) -> None:
+        """Let this many bytes be taken, counting what was taken but not yet delivered."""
+        with self._condition:
+            self._credit = credit_bytes - sum(map(_size, self._taken))
+            self._condition.notify()
+
+    def stop(self) -> None:
+        """Deliver nothing more; the thread ends as soon as the execution lets it go."""
+        with self._condition:
+            self._stopped = True
+            self._condition.notify()
+
+    def _run(self) -> None:
+        while True:
+            began = time.perf_counter()
+            with self._condition:
+                self._condition.wait_for(lambda: self._credit > 0 or self._stopped)
+                if self._stopped:
+                    return
+            allowed = time.perf_counter()
+            self.credit_wait_s += allowed - began
+            bundle, end = None, None
+            try:
+                bundle = self._execution.next_bundle()
+            except BaseException as error:  # noqa: BLE001 - carried to those who wait for blocks
+                end = error
+            self.dataset_wait_s += time.perf_counter() - allowed
+            if not self._hand_over(bundle, end):
+                return
+
+    def _hand_over(self, bundle: Bundle | None, end: BaseException | None) -> bool:
+        with self._condition:
+            if self._stopped:
+                return False
+            wake = not self._taken
+            if bundle is not None:
+                self._credit -= _size(bundle)
+                self._taken.append(bundle)
+        if wake or end is not None:
+            try:
+                self._loop.call_soon_threadsafe(self._drain, end)
+            except RuntimeError:  # the loop is closed: nobody is left to deliver to
+                return False
+        return end is None
+
+    def _drain(self, end: BaseException | None) -> None:
+        with self._condition:
+            taken, self._taken = self._taken, []
+            if self._stopped:
+                return
+        if taken or end is not None:
+            self._deliver(taken, end)
+
+
+def _size(bundle: Bundle) -> int:
+    return max(1, sum(block.size_bytes for block in bundle.blocks))

@@ -1,0 +1,75 @@
+"""Calls on the coordinator actor, awaited or blocked on without losing anything."""
+
+import asyncio
+import concurrent.futures
+from typing import Any, TypeAlias, TypeVar
+
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError
+
+from asyncsplit.errors import CoordinatorLostError
+from asyncsplit.wire import Failure
+
+T = TypeVar("T")
+
+Coordinator: TypeAlias = "ActorHandle[Any]"
+Reply: TypeAlias = "T | Failure"
+
+
+def ask(
+    coordinator: Coordinator, method: str, *args: object
+) -> "concurrent.futures.Future[Reply[Any]]":
+    """Call a method of the coordinator; returns at once."""
+    return getattr(coordinator, method).remote(*args).future()  # type: ignore[no-any-return]
+
+
+async def settled(future: "concurrent.futures.Future[Any]") -> None:
+    """Return when the future is done; cancelling the wait leaves the future as it was.
+
+    `asyncio.wrap_future` will not do: cancelling what it returns cancels the future itself,
+    which Ray then fails to complete.
+    """
+    if future.done():
+        return
+    loop = asyncio.get_running_loop()
+    waiter = loop.create_future()
+
+    def wake(_: object) -> None:
+        try:
+            loop.call_soon_threadsafe(_set, waiter)
+        except RuntimeError:  # the loop was closed while Ray was at work
+            return
+
+    future.add_done_callback(wake)
+    await waiter
+
+
+def opened(future: "concurrent.futures.Future[Reply[T]]") -> T:
+    """Return a settled call's result.
+
+    Raises:
+        CoordinatorLostError: If the coordinator actor is gone.
+        Exception: Whatever the coordinator answered instead of a result.
+    """
+    try:
+        reply = future.result()
+    except RayActorError as error:
+        raise CoordinatorLostError(
+            "the split's coordinator is gone: it was killed, its node was lost, or whoever"
+            " created the split has ended. Create a new split to go on"
+        ) from error
+    if isinstance(reply, Failure):
+        raise reply.unpack()
+    return reply
+
+
+async def answer(coordinator: Coordinator, method: str, *args: object) -> Any:
+    """Call a method of the coordinator and return its result, or raise as `opened` does."""
+    future = ask(coordinator, method, *args)
+    await settled(future)
+    return opened(future)
+
+
+def _set(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)

@@ -1,0 +1,86 @@
+"""What coordinator and consumers say to each other.
+
+Every message carries absolute positions (epoch, stream, sequence number, rows), so repeating,
+losing or reordering one does no harm. Errors travel as values: Ray would wrap an exception that
+leaves an actor method, and the user should see the exception itself.
+"""
+
+from typing import Any, NamedTuple
+
+from ray import ObjectRef
+
+from asyncsplit.engine import pack_error, unpack_error
+
+
+class Slice(NamedTuple):
+    """Rows ``start`` to ``stop`` of a block."""
+
+    ref: "ObjectRef[Any]"
+    start: int
+    stop: int
+    size_bytes: int
+
+
+class Started(NamedTuple):
+    """The barrier has opened: read the split's log from ``cursor``, so many bytes ahead."""
+
+    epoch: int
+    cursor: int
+    prefetch_bytes: int
+
+
+class Delivery(NamedTuple):
+    """Slices from number ``cursor`` of the split's log on; ``end`` if no others follow."""
+
+    cursor: int
+    slices: tuple[Slice, ...]
+    end: bool
+
+
+class Progress(NamedTuple):
+    """How far a consumer has come in an epoch; what the next message acknowledges.
+
+    ``rows``: rows the training loop has finished with. ``fed``: number of the first slice not
+    yet begun. ``low``: number of the first slice not finished, if it does not follow from
+    ``rows`` because rows are shuffled.
+    """
+
+    rows: int = 0
+    fed: int = 0
+    low: int | None = None
+
+
+class Status(NamedTuple):
+    """What a coordinator is doing."""
+
+    epoch: int
+    """The epoch under way or the last one; -1 before the first."""
+    phase: str
+    """``"waiting"`` at the barrier, ``"starting"`` the executor, or ``"running"``."""
+    missing: list[int]
+    """Splits that have not arrived at the barrier of the next epoch."""
+    reading: list[int]
+    """Splits that have not finished the epoch under way."""
+    executing: bool
+    """Whether the dataset is being executed."""
+    held_bytes: int
+    """Bytes of blocks that are unassigned or leased."""
+    committed_rows: list[int]
+    """For each split, the rows of the epoch that are committed."""
+    schema_requests: dict[str, int]
+    """How often the schema was asked for, by outcome: hit, miss, observed, rejected."""
+
+
+class Failure(NamedTuple):
+    """An error, in place of a reply."""
+
+    packed: bytes
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        """Pack an error for the way."""
+        return cls(pack_error(error))
+
+    def unpack(self) -> BaseException:
+        """Return the error, the remote traceback as its cause."""
+        return unpack_error(self.packed)

@@ -1,0 +1,109 @@
+"""What every test shares: Hypothesis profiles, the blocking-call detector, one Ray cluster."""
+
+import asyncio
+import functools
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+import ray
+from blockbuster import BlockBuster, BlockBusterFunction
+from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+import asyncsplit
+
+PACKAGE = asyncsplit.__path__[0] + os.sep
+RAY = ray.__path__[0] + os.sep
+
+# A hung async test fails on its own, with its stack, before pytest-timeout ends the whole run.
+ASYNC_TEST_LIMIT_S = 100
+
+
+def _register_hypothesis_profiles() -> None:
+    # How fast the machine is must not decide whether a property holds.
+    untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("dev", untimed, max_examples=100)
+    settings.register_profile("ci", untimed, max_examples=2_000, print_blob=True)
+    settings.register_profile("nightly", untimed, max_examples=20_000, print_blob=True)
+    default = "ci" if os.environ.get("CI", "").lower() in {"1", "true"} else "dev"
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", default))
+
+
+_register_hypothesis_profiles()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bound every async test, apart from Hypothesis's, which are many runs in one."""
+    for item in items:
+        if (
+            isinstance(item, pytest.Function)
+            and inspect.iscoroutinefunction(item.obj)
+            and not is_hypothesis_test(item.obj)
+        ):
+            item.obj = _bounded(item.obj)
+
+
+def _bounded(test: Callable[..., Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    @functools.wraps(test)
+    async def bounded(*args: object, **kwargs: object) -> None:
+        async with asyncio.timeout(ASYNC_TEST_LIMIT_S):
+            await test(*args, **kwargs)
+
+    return bounded
+
+
+def _called_by_ray() -> bool:
+    """Whether Ray stands between the blocking call and the nearest asyncsplit function."""
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code.co_filename.startswith(RAY):
+            return True
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return False
+    return False
+
+
+def _forgive_ray(function: BlockBusterFunction) -> None:
+    original = function.can_block_predicate
+    function.can_block_predicate = lambda *args, **kwargs: (
+        original(*args, **kwargs) or _called_by_ray()
+    )
+
+
+@pytest.fixture
+def detect_blocking() -> Iterator[BlockBuster]:
+    """Raise `blockbuster.BlockingError` where asyncsplit blocks a running event loop."""
+    detector = BlockBuster(asyncsplit)
+    for name, function in detector.functions.items():
+        # A sleep blocks whoever sleeps. Ray's short locks and file reads are not ours to judge.
+        if name != "time.sleep":
+            _forgive_ray(function)
+    for name in ("ray.get", "ray.wait"):
+        detector.functions[name] = BlockBusterFunction(
+            None,
+            name,
+            scanned_modules=asyncsplit,
+            can_block_predicate=lambda *_, timeout=None, **__: timeout == 0,
+        )
+    detector.activate()
+    yield detector
+    detector.deactivate()
+
+
+@pytest.fixture(autouse=True)
+def _detect_blocking_in_async_tests(request: pytest.FixtureRequest) -> None:
+    # Sync tests do without: the detector slows down every lock and file access of the process.
+    if request.node.get_closest_marker("asyncio"):
+        request.getfixturevalue("detect_blocking")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local cluster of two CPUs for the whole run."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    yield
+    ray.shutdown()

@@ -1,0 +1,51 @@
+"""Ways to read splits, shared by the integration tests."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
+
+from asyncsplit import AsyncDataIterator
+
+Drive = Literal["async", "sync"]
+
+
+async def read(it: AsyncDataIterator, drive: Drive = "async", **kwargs: Any) -> list[int]:
+    """Return the ids of one epoch of one split, in order; an epoch takes no minute."""
+    async with asyncio.timeout(60):
+        return await _read(it, drive, **kwargs)
+
+
+async def _read(it: AsyncDataIterator, drive: Drive, **kwargs: Any) -> list[int]:
+    if drive == "sync":
+        return await asyncio.to_thread(_read_sync, it, **kwargs)
+    ids: list[int] = []
+    async for batch in it.iter_batches(**kwargs):
+        ids += batch["id"].tolist()
+    return ids
+
+
+async def read_epoch(
+    its: Sequence[AsyncDataIterator], drive: Drive = "async", **kwargs: Any
+) -> list[list[int]]:
+    """Return the ids of one epoch, for each split."""
+    return await asyncio.gather(*(read(it, drive, **kwargs) for it in its))
+
+
+def _read_sync(it: AsyncDataIterator, **kwargs: Any) -> list[int]:
+    ids: list[int] = []
+    for batch in it.iter_batches(**kwargs):
+        ids += batch["id"].tolist()
+    return ids
+
+
+async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20) -> None:
+    """Return once the condition holds; it is asked again after each answer."""
+    async with asyncio.timeout(timeout_s):
+        while not await condition():
+            await asyncio.sleep(0.01)
+
+
+async def stopped(it: AsyncDataIterator) -> bool:
+    """Tell whether the split's epoch is over and its executor stopped."""
+    status = await it.status()
+    return status.phase == "waiting" and not status.executing

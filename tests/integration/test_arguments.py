@@ -1,0 +1,45 @@
+"""Bad arguments of streaming_split, which need a dataset to be looked at."""
+
+from typing import Any
+
+import pytest
+import ray
+
+import asyncsplit
+from asyncsplit import SplitOptions
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.mark.parametrize(
+    ("n", "arguments", "error", "message"),
+    [
+        (0, {}, ValueError, "n=0 must be 1 or more"),
+        (-2, {}, ValueError, "n=-2"),
+        (2.0, {}, TypeError, r"n=2\.0 must be an int"),
+        (True, {}, TypeError, "n=True must be an int"),
+        ("2", {}, TypeError, "n='2'"),
+        (2, {"locality_hints": ["a"]}, ValueError, "locality_hints has 1 node ids for n=2"),
+        (2, {"locality_hints": "ab"}, TypeError, "locality_hints='ab' must be a list"),
+        (2, {"locality_hints": [1, 2]}, TypeError, "locality_hints="),
+        (2, {"options": {"routing": "rows"}}, TypeError, "options="),
+        (
+            2,
+            {"equal": True, "options": SplitOptions(routing="demand")},
+            ValueError,
+            "equal=True cannot be combined with routing='demand'",
+        ),
+    ],
+)
+def test_streaming_split(
+    n: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        asyncsplit.streaming_split(ray.data.range(10), n, **arguments)
+
+
+def test_creating_a_split_takes_no_round_trip() -> None:
+    """It is called from other actors' event loops: nothing may be waited for."""
+    (it,) = asyncsplit.streaming_split(ray.data.range(10), 1)
+    assert it.world_size() == 1
+    assert it.split_index == 0

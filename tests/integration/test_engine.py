@@ -1,0 +1,482 @@
+import asyncio
+import gc
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from ray import cloudpickle
+from ray.data import DataContext, Dataset, FileShuffleConfig
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError, WorkerCrashedError
+
+from asyncsplit import engine
+from asyncsplit.engine import Bundle, Execution
+
+# Ray Data uses what Ray and pandas have deprecated.
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left(ray_cluster: None) -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    gc.collect()
+    names = ("StreamingExecutor-", "ray-data-metadata-prefetch")
+    left = [t for t in threading.enumerate() if t not in before and t.name.startswith(names)]
+    for thread in left:
+        thread.join(timeout=10)
+    assert not [t.name for t in left if t.is_alive()], "a thread outlived its execution"
+
+
+remote: Any = ray.remote(num_cpus=0)
+
+
+class Gate:
+    """Tells a test that the dataset's code was reached; never lets that code go on."""
+
+    def __init__(self) -> None:
+        self._reached = asyncio.Event()
+
+    async def hold(self) -> None:
+        self._reached.set()
+        await asyncio.Event().wait()
+
+    async def reached(self) -> None:
+        await self._reached.wait()
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self) -> int:
+        self.count += 1
+        return self.count
+
+
+class TellTale(Exception):
+    """Cannot be unpickled the usual way: __init__ takes what it does not leave in args."""
+
+    def __init__(self, *, shard: int) -> None:
+        super().__init__(f"shard {shard} is broken")
+        self.shard = shard
+
+
+class Changing(Exception):
+    """Unpickled the usual way it changes: __init__ leaves something else in args."""
+
+    def __init__(self, code: object) -> None:
+        super().__init__(f"code {code}")
+
+
+def drain(execution: Execution) -> list[Bundle]:
+    bundles = []
+    while True:
+        try:
+            bundles.append(execution.next_bundle())
+        except StopIteration:
+            return bundles
+
+
+def rows_of(bundles: list[Bundle]) -> list[int]:
+    parts = [part for bundle in bundles for part in bundle.blocks]
+    tables = engine.get_ready([part.ref for part in parts])
+    return [
+        row
+        for table, part in zip(tables, parts, strict=True)
+        for row in table.slice(part.start, part.stop - part.start)["id"].to_pylist()
+    ]
+
+
+def numbers(rows: int, blocks: int) -> Dataset:
+    ds = ray.data.range(rows, override_num_blocks=blocks).map_batches(lambda batch: batch)
+    ds.context.execution_options.preserve_order = True
+    return ds
+
+
+def failing(make: Callable[[], BaseException]) -> Dataset:
+    def fail(batch: object) -> object:
+        raise make()
+
+    return ray.data.range(10).map_batches(fail)
+
+
+def error_of(ds: Dataset) -> BaseException:
+    execution = Execution.start(ds, epoch=0)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        drain(execution)
+    assert not execution.is_alive
+    return caught.value
+
+
+def test_an_execution_delivers_every_row_once_and_in_order() -> None:
+    execution = Execution.start(numbers(1000, blocks=8), epoch=0)
+    bundles = drain(execution)
+    assert rows_of(bundles) == list(range(1000))
+    parts = [part for bundle in bundles for part in bundle.blocks]
+    assert sum(part.size_bytes for part in parts) == 8 * 1000
+    assert {part.node_id for part in parts} == {ray.get_runtime_context().get_node_id()}
+    assert "ReadRange" in execution.stats()
+    execution.shutdown()
+
+
+def test_a_bundle_of_many_blocks_and_of_slices_keeps_the_order() -> None:
+    whole = numbers(100, blocks=5).materialize()
+    bundles = list(whole.iter_internal_ref_bundles())
+    merged = type(bundles[0]).merge_ref_bundles(bundles)
+    assert len(merged.blocks) == 5
+    plan = type(whole._logical_plan)
+    source: Any = type(whole._logical_plan.dag)
+    first, second = merged.slice(37)
+    ds = Dataset(plan(source([second, first]), whole.context), whole.context, whole._in_stats)
+    taken = drain(Execution.start(ds, epoch=0))
+    assert rows_of(taken) == [*range(37, 100), *range(37)]
+    assert [len(bundle.blocks) for bundle in taken] == [4, 2]
+    assert [(part.start, part.stop) for part in taken[1].blocks] == [(0, 20), (0, 17)]
+    assert [part.size_bytes for part in taken[1].blocks] == [160, 136]
+
+
+def test_blocks_without_rows_are_left_out() -> None:
+    ds = numbers(100, blocks=4).map_batches(lambda batch: {"id": batch["id"][batch["id"] >= 60]})
+    bundles = drain(Execution.start(ds, epoch=0))
+    assert rows_of(bundles) == list(range(60, 100))
+    assert all(part.stop > part.start for bundle in bundles for part in bundle.blocks)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda ds: ds.limit(31),
+        lambda ds: ds.random_shuffle(),
+        lambda ds: ds.repartition(3),
+        lambda ds: ds.sort("id", descending=True),
+        lambda ds: ds.union(ray.data.range(7)),
+        lambda ds: ds.map_batches(lambda df: df, batch_format="pandas"),
+        lambda ds: ds.materialize(),
+    ],
+    ids=["limit", "shuffle", "repartition", "sort", "union", "pandas", "materialize"],
+)
+def test_every_operator_tells_the_rows_of_its_blocks(change: Callable[[Dataset], Dataset]) -> None:
+    ds = change(numbers(100, blocks=4))
+    parts = [part for bundle in drain(Execution.start(ds, epoch=0)) for part in bundle.blocks]
+    blocks = engine.get_ready([part.ref for part in parts])
+    assert [part.stop for part in parts] == [len(block) for block in blocks]
+    assert sum(len(block) for block in blocks) == ds.count()
+
+
+def test_the_same_dataset_is_executed_again_and_again_after_an_abort_too() -> None:
+    ds = numbers(300, blocks=6)
+    for epoch in range(4):
+        execution = Execution.start(ds, epoch)
+        assert engine.dataset_tag(ds).endswith(f"_{epoch}")
+        if epoch == 1:
+            execution.next_bundle()
+        else:
+            assert rows_of(drain(execution)) == list(range(300))
+        execution.shutdown()
+        assert not execution.is_alive
+
+
+def test_an_epoch_is_shuffled_alike_whatever_ran_before(tmp_path: Path) -> None:
+    for i in range(8):
+        pq.write_table(pa.table({"id": [i]}), tmp_path / f"{i}.parquet")
+    ds = ray.data.read_parquet(str(tmp_path), shuffle=FileShuffleConfig(seed=7))
+    ds.context.execution_options.preserve_order = True
+
+    def orders(epochs: list[int]) -> list[list[int]]:
+        copy = cloudpickle.loads(cloudpickle.dumps(ds))
+        engine.dataset_schema(copy)
+        return [rows_of(drain(Execution.start(copy, epoch))) for epoch in epochs]
+
+    first, second, third = orders([0, 1, 2])
+    assert orders([2]) == [third]
+    assert sorted(first) == list(range(8))
+    assert not first == second == third
+
+
+def test_a_started_execution_is_held_back_for_its_consumers() -> None:
+    execution = Execution.start(numbers(10, blocks=1), epoch=0)
+    assert execution._executor._resource_manager.has_external_consumer
+    execution.shutdown()
+
+
+def test_shutdown_frees_a_pump_that_waits_for_the_datasets_code() -> None:
+    gate = remote(Gate).remote()
+
+    def hold(batch: object) -> object:
+        ray.get(gate.hold.remote())
+        return batch
+
+    execution = Execution.start(ray.data.range(10).map_batches(hold), epoch=0)
+    ends: list[BaseException] = []
+
+    def pump() -> None:
+        try:
+            execution.next_bundle()
+        except BaseException as end:
+            ends.append(end)
+
+    waiting = threading.Thread(target=pump)
+    waiting.start()
+    ray.get(gate.reached.remote())
+    execution.report_consumer_bytes(1)
+    shutting = [threading.Thread(target=execution.shutdown) for _ in range(2)]
+    for thread in [*shutting, waiting]:
+        if thread is not waiting:
+            thread.start()
+    for thread in [*shutting, waiting]:
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+    assert [type(end) for end in ends] == [StopIteration]
+    execution.shutdown()
+    execution.report_consumer_bytes(0)
+    with pytest.raises(StopIteration):
+        execution.next_bundle()
+    assert not execution.is_alive
+
+
+@pytest.mark.parametrize(
+    ("make", "args"),
+    [
+        (lambda: ValueError("boom", 3), ("boom", 3)),
+        (lambda: KeyError("column"), ("column",)),
+        (lambda: FileNotFoundError(2, "gone", "/a/b"), (2, "gone")),
+        (lambda: TellTale(shard=4), ("shard 4 is broken",)),
+        (lambda: Changing(5), ("code 5",)),
+    ],
+    ids=["ValueError", "KeyError", "OSError", "TellTale", "Changing"],
+)
+def test_what_the_users_function_raises_arrives_as_it_was(
+    make: Callable[[], Exception], args: tuple[object, ...]
+) -> None:
+    error = error_of(failing(make))
+    for arrived in (error, engine.unpack_error(engine.pack_error(error))):
+        assert type(arrived).__qualname__ == type(make()).__qualname__
+        assert arrived.args == args
+        assert str(arrived) == str(make())
+        assert vars(arrived) == vars(make())
+        assert isinstance(arrived.__cause__, engine.RemoteTraceback)
+        assert "in fail" in str(arrived.__cause__)
+
+
+def test_the_error_of_an_actors_method_and_of_a_read_arrive_as_they_were() -> None:
+    class Fails:
+        def __call__(self, batch: object) -> object:
+            raise LookupError(1)
+
+    assert isinstance(error_of(ray.data.range(4).map_batches(Fails, concurrency=1)), LookupError)
+    assert isinstance(engine.unwrap(_schema_error(failing(lambda: LookupError(2)))), LookupError)
+
+
+def _schema_error(ds: Dataset) -> BaseException:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        engine.dataset_schema(ds)
+    return caught.value
+
+
+def test_stop_iteration_in_the_users_function_is_an_error_and_ends_nothing_in_silence() -> None:
+    def exhausts(batch: Any) -> Any:
+        if 5 in batch["id"]:
+            next(iter(()))
+        return batch
+
+    error = error_of(ray.data.range(10, override_num_blocks=1).map_batches(exhausts, batch_size=4))
+    assert isinstance(error, RuntimeError)
+    assert "StopIteration" in str(error)
+
+
+def test_an_error_that_cannot_be_pickled_arrives_as_text() -> None:
+    error = error_of(failing(lambda: ValueError("held", threading.Lock())))
+    assert "held" in str(error.__cause__)
+    arrived = engine.unpack_error(engine.pack_error(ValueError("held", threading.Lock())))
+    assert isinstance(arrived, RuntimeError)
+    assert "ValueError: ('held'" in str(arrived)
+
+
+def test_errors_of_rays_own_come_back_as_they_are() -> None:
+    for error in (WorkerCrashedError(), ActorDiedError()):
+        assert engine.unwrap(error) is error
+        arrived = engine.unpack_error(engine.pack_error(error))
+        assert (type(arrived), str(arrived)) == (type(error), str(error))
+
+
+def test_unwrap_goes_through_every_layer_of_tasks() -> None:
+    def fail(depth: int) -> None:
+        if depth:
+            ray.get(remote(fail).remote(depth - 1))
+        raise ValueError("innermost", depth)
+
+    with pytest.raises(RayTaskError) as caught:
+        ray.get(remote(fail).remote(2))
+    error = engine.unwrap(RayTaskError("outermost", "its traceback", caught.value))
+    assert "in fail" in str(error.__cause__)
+    assert type(error) is ValueError
+    assert error.args == ("innermost", 0)
+
+
+@pytest.mark.filterwarnings("ignore:.ray_remote_args:DeprecationWarning")
+def test_user_errors_are_retried_as_without_asyncsplit() -> None:
+    counter = remote(Counter).remote()
+
+    def fail_once(batch: object) -> object:
+        if ray.get(counter.add.remote()) == 1:
+            raise ConnectionError("flaky")
+        return batch
+
+    ds = ray.data.range(10, override_num_blocks=1)
+    retried = ds.map_batches(fail_once, retry_exceptions=[ConnectionError], max_retries=2)
+    assert rows_of(drain(Execution.start(retried, epoch=0))) == list(range(10))
+
+
+def test_map_retries_match_as_without_asyncsplit() -> None:
+    counter = remote(Counter).remote()
+
+    def fail_once(batch: object) -> object:
+        if ray.get(counter.add.remote()) == 1:
+            raise ConnectionError("flaky")
+        return batch
+
+    ds = ray.data.range(10, override_num_blocks=1).map_batches(fail_once)
+    if not hasattr(ds.context, "retried_map_errors"):
+        pytest.skip(f"Ray {ray.__version__} does not retry map errors")
+    ds.context.max_map_retries = 1
+    ds.context.retried_map_errors = ["UserCodeException.*ConnectionError: flaky"]
+    assert rows_of(drain(Execution.start(ds, epoch=0))) == list(range(10))
+
+
+class Breaks:
+    def __init__(self) -> None:
+        raise ValueError("no model file")
+
+    def __call__(self, batch: object) -> object:
+        return batch
+
+
+def test_an_actor_whose_constructor_raises_fails_the_first_bundle() -> None:
+    error = error_of(ray.data.range(10).map_batches(Breaks, concurrency=1))
+    assert isinstance(error, ActorDiedError)
+    assert "ValueError: no model file" in str(error)
+
+
+def test_an_actor_whose_constructor_raises_fails_the_start_if_that_waits_for_it() -> None:
+    ds = ray.data.range(10).map_batches(Breaks, concurrency=1)
+    ds.context.wait_for_min_actors_s = 60
+    with pytest.raises(ActorDiedError, match="ValueError: no model file"):
+        Execution.start(ds, epoch=0)
+
+
+def test_actors_that_do_not_fit_fail_the_start_if_that_waits_for_them() -> None:
+    class Fine(Breaks):
+        def __init__(self) -> None:
+            pass
+
+    ds = ray.data.range(10).map_batches(Fine, concurrency=1, num_cpus=64)
+    ds.context.wait_for_min_actors_s = 1
+    with pytest.raises(GetTimeoutError):
+        Execution.start(ds, epoch=0)
+
+
+def test_workers_need_not_have_asyncsplit() -> None:
+    worker = """
+import pickle, sys
+sys.modules["asyncsplit"] = None
+flag = pickle.load(sys.stdin.buffer)
+assert not flag
+try:
+    raise ValueError("boom")
+except ValueError:
+    try:
+        bool(flag)
+    except Exception as error:
+        sys.stdout.buffer.write(pickle.dumps(error))
+"""
+    raised = subprocess.run(
+        [sys.executable, "-c", worker],
+        input=cloudpickle.dumps(engine._KeepOriginal()),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    error = engine.unwrap(RayTaskError("map", "text", pickle.loads(raised.stdout)))
+    assert type(error) is ValueError
+    assert error.args == ("boom",)
+
+
+def test_the_schema_is_that_of_the_dataset_pickled_or_observed() -> None:
+    ds = numbers(10, blocks=1)
+    expected = ds.schema()
+    copy = cloudpickle.loads(cloudpickle.dumps(ds))
+    schema = engine.dataset_schema(copy)
+    assert cloudpickle.loads(cloudpickle.dumps(schema)) == expected
+    (bundle,) = drain(Execution.start(copy, epoch=0))
+    assert engine.observed_schema(bundle.schema, ds.context) == expected
+    assert engine.observed_schema(None, ds.context) is None
+
+
+def test_a_pickled_dataset_keeps_its_name_and_context() -> None:
+    ds = ray.data.range(10)
+    ds.set_name("train")
+    ds.context.target_max_block_size = 12345
+    copy = cloudpickle.loads(cloudpickle.dumps(ds))
+    assert engine.dataset_tag(copy).startswith("train_")
+    assert copy.context.target_max_block_size == 12345
+
+
+def test_no_progress_timeout_is_the_contexts() -> None:
+    ds = ray.data.range(10)
+    if not hasattr(ds.context, "execution_no_progress_timeout_s"):
+        assert engine.no_progress_timeout(ds) is None
+        return
+    ds.context.execution_no_progress_timeout_s = 5
+    assert engine.no_progress_timeout(ds) == 5
+    ds.context.execution_no_progress_timeout_s = -1
+    assert engine.no_progress_timeout(ds) is None
+
+
+def test_get_ready_returns_values_in_order_and_raises_what_ray_get_raises() -> None:
+    def fail() -> None:
+        raise ValueError("boom")
+
+    assert engine.get_ready([ray.put(i) for i in range(3)]) == [0, 1, 2]
+    with pytest.raises(ValueError, match="boom") as caught:
+        engine.get_ready([remote(fail).remote()])
+    assert isinstance(caught.value, RayTaskError)
+
+
+def test_get_ready_does_not_warn_in_an_async_actor() -> None:
+    class Reader:
+        async def read(self, get: Callable[[list[Any]], object], refs: list[Any]) -> object:
+            worker = sys.modules["ray._private.worker"]
+            return get(refs), worker.blocking_get_inside_async_warned
+
+    reader = remote(Reader).remote()
+    assert ray.get(reader.read.remote(engine.get_ready, [ray.put(1)])) == ([1], False)
+    assert ray.get(reader.read.remote(ray.get, [ray.put(1)])) == ([1], True)
+
+
+def test_use_context_makes_it_the_processs_current_one() -> None:
+    before = DataContext.get_current()
+    context = before.copy()
+    engine.use_context(context)
+    try:
+        assert DataContext.get_current() is context
+    finally:
+        engine.use_context(before)
+
+
+def test_concat_promotes_types_and_keeps_empty_blocks_out() -> None:
+    ints, floats = pa.table({"x": [1, 2]}), pa.table({"x": [0.5]})
+    joined = engine.concat_blocks([ints, floats.slice(0, 0), floats])
+    assert joined["x"].to_pylist() == [1.0, 2.0, 0.5]
+    wider = engine.concat_blocks([pa.table({"x": [1]}), pa.table({"x": [2], "y": ["b"]})])
+    assert wider.to_pylist() == [{"x": 1, "y": None}, {"x": 2, "y": "b"}]
+    frames = engine.concat_blocks([pd.DataFrame({"x": [1]}), pd.DataFrame({"x": [2]})])
+    np.testing.assert_array_equal(frames["x"].to_numpy(), [1, 2])

@@ -1,0 +1,198 @@
+"""Rows per split and epoch, the barrier, and who may consume what."""
+
+import asyncio
+from itertools import chain
+
+import pytest
+import ray
+from ray.data import Dataset
+from ray.data.expressions import col
+
+import asyncsplit
+from asyncsplit import AsyncDataIterator, ConsumerConflictError, SplitOptions
+from tests.integration.consume import Drive, read, read_epoch
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
+
+both_drives = pytest.mark.parametrize("drive", ["async", "sync"])
+
+
+def thousand(blocks: int = 10) -> Dataset:
+    return ray.data.range(1000, override_num_blocks=blocks)
+
+
+@both_drives
+async def test_equal_splits_repeat_for_each_epoch(drive: Drive) -> None:
+    its = asyncsplit.streaming_split(thousand(), 2, equal=True)
+    for _ in range(2):
+        epoch = await read_epoch(its, drive)
+        assert [len(ids) for ids in epoch] == [500, 500]
+        assert sorted(chain(*epoch)) == list(range(1000))
+
+
+@both_drives
+@pytest.mark.parametrize(("equal", "expected"), [(True, [0, 0]), (False, [0, 1])])
+async def test_one_row_over_two_splits(drive: Drive, equal: bool, expected: list[int]) -> None:
+    its = asyncsplit.streaming_split(ray.data.range(1), 2, equal=equal)
+    assert sorted(len(ids) for ids in await read_epoch(its, drive)) == expected
+
+
+@both_drives
+@pytest.mark.parametrize(
+    ("equal", "expected"), [(True, [333, 333, 333]), (False, [300, 300, 400])]
+)
+async def test_ten_blocks_over_three_splits(
+    drive: Drive, equal: bool, expected: list[int]
+) -> None:
+    its = asyncsplit.streaming_split(thousand(), 3, equal=equal)
+    epoch = await read_epoch(its, drive)
+    assert sorted(len(ids) for ids in epoch) == expected
+    rows = list(chain(*epoch))
+    assert len(set(rows)) == len(rows)
+
+
+async def test_demand_delivers_every_row_once() -> None:
+    options = SplitOptions(routing="demand")
+    its = asyncsplit.streaming_split(thousand(20), 3, options=options)
+    assert sorted(chain(*await read_epoch(its))) == list(range(1000))
+
+
+async def test_demand_lets_the_fast_go_on_while_one_does_not_read() -> None:
+    options = SplitOptions(routing="demand")
+    fast, slow = asyncsplit.streaming_split(thousand(20), 2, options=options)
+    async with slow.iter_batches(batch_size=None) as paused:
+        first, ids = await asyncio.gather(anext(paused), read(fast))
+        rest = [batch["id"] async for batch in paused]
+    assert sorted(chain(first["id"], ids, *rest)) == list(range(1000))
+    assert len(ids) > 800
+
+
+async def test_an_empty_dataset_gives_empty_epochs() -> None:
+    its = asyncsplit.streaming_split(thousand().filter(expr=col("id") < 0), 2)
+    assert await read_epoch(its) == [[], []]
+    assert await read_epoch(its) == [[], []]
+
+
+async def test_more_splits_than_rows() -> None:
+    its = asyncsplit.streaming_split(ray.data.range(3, override_num_blocks=1), 8, equal=True)
+    assert [len(ids) for ids in await read_epoch(its)] == [0] * 8
+    its = asyncsplit.streaming_split(ray.data.range(3, override_num_blocks=3), 8)
+    assert sorted(chain(*await read_epoch(its))) == [0, 1, 2]
+
+
+async def test_an_epoch_waits_until_all_have_arrived() -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2)
+    waiting = asyncio.create_task(read(first))
+    await asyncio.wait({waiting}, timeout=0.5)
+    assert not waiting.done()
+    ids = await read(second)
+    assert sorted(ids + await waiting) == list(range(1000))
+
+
+async def test_a_split_may_finish_before_the_others_read_on() -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
+    async with second.iter_batches(batch_size=100) as slow:
+        _, ids = await asyncio.gather(anext(slow), read(first))
+        assert len(ids) == 500
+        next_epoch = asyncio.create_task(read(first))
+        rest = [batch async for batch in slow]
+        assert sum(len(batch["id"]) for batch in rest) == 400
+    ids = await read(second)
+    assert sorted(ids + await next_epoch) == list(range(1000))
+
+
+async def test_order_within_a_split_follows_the_dataset() -> None:
+    ds = thousand(20).map_batches(lambda batch: batch, batch_size=7)
+    ds.context.execution_options.preserve_order = True
+    for equal in (True, False):
+        its = asyncsplit.streaming_split(ds, 3, equal=equal)
+        for ids in await read_epoch(its):
+            assert ids == sorted(ids)
+
+
+async def test_order_is_kept_inside_bundles_of_several_blocks() -> None:
+    ds = thousand(40)
+    ds.context.execution_options.preserve_order = True
+    its = asyncsplit.streaming_split(ds.repartition(3), 1)
+    (ids,) = await read_epoch(its)
+    assert ids == list(range(1000))
+
+
+async def test_an_intruder_gets_an_error_and_harms_nobody() -> None:
+    (it,) = asyncsplit.streaming_split(thousand(), 1)
+    intruder = ray.cloudpickle.loads(ray.cloudpickle.dumps(it))
+    async with it.iter_batches(batch_size=100) as rightful:
+        ids = (await anext(rightful))["id"].tolist()
+        with pytest.raises(ConsumerConflictError, match="split 0 is already being consumed"):
+            await read(intruder)
+        async for batch in rightful:
+            ids += batch["id"].tolist()
+    assert sorted(ids) == list(range(1000))
+    assert len(await read(intruder)) == 1000, "the split is free once its consumer is done"
+
+
+async def test_an_intruder_at_the_barrier_gets_an_error() -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2)
+    copies = [ray.cloudpickle.loads(ray.cloudpickle.dumps(first)) for _ in range(2)]
+    waiting = [asyncio.create_task(read(it)) for it in copies]
+    done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    with pytest.raises(ConsumerConflictError):
+        done.pop().result()
+    ids = await read(second)
+    (rightful,) = [task for task in waiting if not task.done() or not task.exception()]
+    assert sorted(ids + await rightful) == list(range(1000))
+
+
+async def test_two_streams_of_one_iterator_at_a_time_are_refused() -> None:
+    (it,) = asyncsplit.streaming_split(thousand(), 1)
+    async with it.iter_batches(batch_size=100) as stream:
+        await anext(stream)
+        with pytest.raises(ConsumerConflictError, match="another stream of this iterator"):
+            await read(it)
+        assert sum([len(batch["id"]) async for batch in stream]) == 900
+
+
+async def test_two_tasks_on_one_stream_are_refused() -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2)
+    async with first.iter_batches() as stream:
+        waiting = asyncio.create_task(anext(stream))
+        while not stream.is_open:
+            await asyncio.sleep(0)
+        with pytest.raises(ConsumerConflictError, match="one stream serves one loop"):
+            await anext(stream)
+        await asyncio.gather(waiting, read(second))
+
+
+async def test_a_stream_that_ended_begins_the_next_epoch() -> None:
+    (it,) = asyncsplit.streaming_split(thousand(), 1)
+    stream = it.iter_batches(batch_size=None)
+    for epoch in range(2):
+        assert sum([len(batch["id"]) async for batch in stream]) == 1000
+        assert stream.statistics().epoch == epoch
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+
+
+async def test_rows_are_dicts() -> None:
+    (it,) = asyncsplit.streaming_split(thousand(), 1)
+    assert sorted([row["id"] async for row in it.iter_rows()]) == list(range(1000))
+
+
+async def test_a_single_consumer_needs_no_split() -> None:
+    ids = [i async for batch in asyncsplit.iter_batches(thousand()) for i in batch["id"]]
+    assert sorted(ids) == list(range(1000))
+
+
+async def test_in_real_actors() -> None:
+    @ray.remote(num_cpus=0)
+    class Worker:
+        async def ids(self, it: AsyncDataIterator) -> list[int]:
+            return await read(it)
+
+    its = asyncsplit.streaming_split(thousand(), 2, equal=True)
+    workers = [Worker.remote() for _ in its]
+    for _ in range(2):
+        epoch = await asyncio.gather(
+            *(worker.ids.remote(it) for worker, it in zip(workers, its, strict=True))
+        )
+        assert sorted(chain(*epoch)) == list(range(1000))

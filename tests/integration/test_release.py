@@ -1,0 +1,180 @@
+"""However a loop is left, its split is released and nothing goes on producing."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.actor import ActorHandle
+from ray.data import Dataset
+
+import asyncsplit
+from asyncsplit import AsyncDataIterator, SplitOptions, StreamClosedError
+from tests.integration.consume import eventually, read, read_epoch, stopped
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
+
+
+@ray.remote(num_cpus=0)
+class Counter:
+    def __init__(self) -> None:
+        self.blocks = 0
+
+    def add(self) -> None:
+        self.blocks += 1
+
+    def get(self) -> int:
+        return self.blocks
+
+
+BLOCK_BYTES = 2 * 2**20
+
+
+async def settled(ask: Callable[[], Awaitable[int]]) -> int:
+    """Return an answer once it has stayed the same for a hundred questions."""
+    same, before = 0, None
+    while same < 100:
+        now = await ask()
+        same = same + 1 if now == before else 0
+        before = now
+        await asyncio.sleep(0.01)
+    assert before is not None
+    return before
+
+
+def counted(counter: "ActorHandle[Any]", blocks: int) -> Dataset:
+    def produce(batch: dict[str, Any]) -> dict[str, Any]:
+        ray.get(counter.add.remote())
+        batch["payload"] = np.zeros((len(batch["id"]), BLOCK_BYTES // len(batch["id"])), np.uint8)
+        return batch
+
+    return ray.data.range(blocks * 4, override_num_blocks=blocks).map_batches(produce)
+
+
+async def leave_by_break(it: AsyncDataIterator) -> None:
+    async for _ in it.iter_batches(batch_size=1):
+        break
+
+
+async def leave_by_exception(it: AsyncDataIterator) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async for _ in it.iter_batches(batch_size=1):
+            1 / 0  # noqa: B018
+
+
+async def leave_by_cancellation(it: AsyncDataIterator) -> None:
+    reading = asyncio.Event()
+
+    async def loop() -> None:
+        async for _ in it.iter_batches(batch_size=1):
+            reading.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(loop())
+    await reading.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def leave_by_aclose(it: AsyncDataIterator) -> None:
+    stream = it.iter_batches(batch_size=1)
+    await anext(stream)
+    await stream.aclose()
+    with pytest.raises(StreamClosedError, match="call iter_batches"):
+        await anext(stream)
+    await stream.aclose()
+
+
+async def leave_context(it: AsyncDataIterator) -> None:
+    async with it.iter_batches(batch_size=1) as stream:
+        await anext(stream)
+
+
+async def leave_by_dropping(it: AsyncDataIterator) -> None:
+    stream = it.iter_batches(batch_size=1)
+    await anext(stream)
+    del stream
+    gc.collect()
+
+
+async def leave_a_plain_loop(it: AsyncDataIterator) -> None:
+    def loop() -> None:
+        for _ in it.iter_batches(batch_size=1):
+            break
+
+    await asyncio.to_thread(loop)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        leave_by_break,
+        leave_by_exception,
+        leave_by_cancellation,
+        leave_by_aclose,
+        leave_context,
+        leave_by_dropping,
+        leave_a_plain_loop,
+    ],
+)
+async def test_leaving_early_stops_the_executor(leave: Any) -> None:
+    blocks = 200
+    counter = Counter.remote()
+    options = SplitOptions(prefetch_bytes=BLOCK_BYTES)
+    its = asyncsplit.streaming_split(counted(counter, blocks), 2, options=options)
+    await asyncio.gather(*(leave(it) for it in its))
+    await eventually(lambda: stopped(its[0]))
+    produced = await counter.get.remote()
+    assert produced < blocks
+    assert (await its[0].status()).held_bytes == 0
+    assert [len(ids) for ids in await read_epoch(its)] == [400, 400], "and the next epoch is whole"
+
+
+async def test_one_split_leaving_early_does_not_change_the_others_share() -> None:
+    ds = ray.data.range(1000, override_num_blocks=20)
+    first, second = asyncsplit.streaming_split(ds, 2)
+    _, ids = await asyncio.gather(leave_by_break(first), read(second))
+    assert len(ids) == 500
+
+
+async def test_a_paused_consumer_stops_production() -> None:
+    blocks = 400
+    counter = Counter.remote()
+    ds = counted(counter, blocks)
+    ds.context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=8 * BLOCK_BYTES
+    )
+    options = SplitOptions(prefetch_bytes=2 * BLOCK_BYTES)
+    (it,) = asyncsplit.streaming_split(ds, 1, options=options)
+    async with it.iter_batches(batch_size=4) as stream:
+        await anext(stream)
+
+        assert await settled(counter.get.remote) < blocks / 4
+        assert sum([len(batch["id"]) async for batch in stream]) == blocks * 4 - 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 100, None])
+async def test_a_budget_smaller_than_a_block_still_makes_progress(batch_size: int | None) -> None:
+    ds = ray.data.range(1000, override_num_blocks=50)
+    options = SplitOptions(prefetch_bytes=1)
+    for equal in (True, False):
+        its = asyncsplit.streaming_split(ds, 2, equal=equal, options=options)
+        epoch = await read_epoch(its, batch_size=batch_size)
+        assert sorted(epoch[0] + epoch[1]) == list(range(1000))
+
+
+async def test_shutdown_ends_open_streams_with_an_error() -> None:
+    ds = ray.data.range(100_000, override_num_blocks=100)
+    first, second = asyncsplit.streaming_split(ds, 2, options=SplitOptions(prefetch_bytes=1))
+    async with first.iter_batches() as one, second.iter_batches() as two:
+        await asyncio.gather(anext(one), anext(two))
+        await first.shutdown()
+        with pytest.raises(StreamClosedError, match="shut down"):
+            async for _ in one:
+                pass
+    with pytest.raises(StreamClosedError, match="create a new one"):
+        await read(second)

@@ -1,0 +1,152 @@
+"""What a real Prometheus makes of the endpoint."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from asyncsplit.options import TelemetryConfig
+from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS
+from asyncsplit.telemetry.endpoint import Endpoint
+from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+
+
+def get(url: str) -> str:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with direct.open(url, timeout=10) as response:
+        return str(response.read().decode())
+
+
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        reason = f"{name} is missing: apt-get install --no-install-recommends prometheus"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return path
+
+
+class Prometheus:
+    """A running server that scrapes two states, and its HTTP API."""
+
+    def __init__(self, address: str, few: CoordinatorState, many: CoordinatorState) -> None:
+        self.few = few
+        self.many = many
+        self._api = f"http://{address}/api/v1"
+
+    def call(self, path: str, **parameters: str) -> Any:
+        return json.loads(get(f"{self._api}/{path}?{urllib.parse.urlencode(parameters)}"))["data"]
+
+    def query(self, promql: str) -> dict[str, float]:
+        """Return values by the ``split`` label; a series without it has the key ``""``."""
+        result = self.call("query", query=promql)["result"]
+        return {one["metric"].get("split", ""): float(one["value"][1]) for one in result}
+
+    def wait_for(self, promql: str, holds: Callable[[dict[str, float]], bool]) -> None:
+        """Ask until it holds; the test's timeout is the bound."""
+        while not holds(answer := self.query(promql)):
+            print(f"{promql}: {answer}, waiting")
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    binary = tool("prometheus")
+    directory = tmp_path_factory.mktemp("prometheus")
+    few = CoordinatorState.of("id", 2, "few")
+    many = CoordinatorState.of("id", MAX_SPLIT_LABELS + 1, "many")
+    with contextlib.ExitStack() as stack:
+        targets = []
+        for state in (few, many):
+            endpoint = Endpoint.serve(state, TelemetryConfig())
+            assert endpoint is not None
+            stack.enter_context(contextlib.closing(endpoint))
+            targets.append(urllib.parse.urlsplit(endpoint.url).netloc)
+        job = {"job_name": "asyncsplit", "static_configs": [{"targets": targets}]}
+        config = {"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]}
+        (directory / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
+        command = [
+            binary,
+            f"--config.file={directory / 'prometheus.yml'}",
+            f"--storage.tsdb.path={directory / 'data'}",
+            "--web.listen-address=127.0.0.1:0",
+        ]
+        server = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        stack.callback(server.terminate)
+        assert server.stderr is not None
+        log = ""
+        for line in server.stderr:
+            log += line
+            if "Server is ready" in line:
+                break
+        listening = re.search(r'msg="Listening on" address=(\S+)', log)
+        assert listening is not None, log
+        server_api = Prometheus(listening[1], few, many)
+        server_api.wait_for("sum(up)", lambda up: up == {"": len(targets)})
+        yield server_api
+
+
+def test_every_metric_arrives_with_its_type_unit_and_help(prometheus: Prometheus) -> None:
+    names = set(prometheus.call("label/__name__/values"))
+    assert {name for name in names if name.startswith("asyncsplit")} == {
+        metric.name for metric in CATALOG
+    }
+    assert prometheus.call("metadata") == {
+        metric.name.removesuffix("_total"): [
+            {"type": metric.kind, "unit": metric.unit, "help": metric.help}
+        ]
+        for metric in CATALOG
+    }
+
+
+def test_counters_go_on_when_a_consumer_is_replaced(prometheus: Prometheus) -> None:
+    state = prometheus.few
+    rows = 'asyncsplit_rows_total{dataset="few"}'
+    assert prometheus.query(rows) == {"0": 0, "1": 0}
+    state.meet(1, "a", 700)
+    state.update(1, "a", ConsumerCounters(rows=7))
+    prometheus.wait_for(rows, lambda value: value == {"0": 0, "1": 7})
+    state.meet(1, "b", 700)
+    state.update(1, "b", ConsumerCounters(rows=5))
+    prometheus.wait_for(rows, lambda value: value == {"0": 0, "1": 12})
+    assert prometheus.query(f"resets({rows}[1h])") == {"0": 0, "1": 0}
+
+
+def test_the_first_event_of_a_kind_is_an_increase(prometheus: Prometheus) -> None:
+    prometheus.few.conflicts += 1
+    prometheus.wait_for(
+        'increase(asyncsplit_consumer_conflicts_total{dataset="few"}[1h]) > 0',
+        lambda increased: bool(increased),
+    )
+
+
+def test_sums_are_right_with_more_splits_than_labels(prometheus: Prometheus) -> None:
+    n = len(prometheus.many.splits)
+    for split in range(n):
+        prometheus.many.meet(split, "a", 700)
+        prometheus.many.update(split, "a", ConsumerCounters(rows=2))
+    rows = 'asyncsplit_rows_total{dataset="many"}'
+    prometheus.wait_for(f"sum by (dataset) ({rows})", lambda total: total == {"": 2 * n})
+    assert prometheus.query(f"count({rows})") == {"": 1}
+
+
+def test_promtool_finds_nothing_to_complain_about() -> None:
+    promtool = tool("promtool")
+    endpoint = Endpoint.serve(CoordinatorState.of("id", 2), TelemetryConfig())
+    assert endpoint is not None
+    with contextlib.closing(endpoint):
+        text = get(endpoint.url)
+    check = subprocess.run(
+        [promtool, "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (check.returncode, check.stdout, check.stderr) == (0, "", "")

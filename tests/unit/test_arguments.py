@@ -1,0 +1,77 @@
+"""Bad input is refused with an error that names argument, value and what is allowed."""
+
+from typing import Any, cast
+
+import pytest
+
+import asyncsplit
+from asyncsplit import AsyncDataIterator, SplitOptions, TelemetryConfig, engine
+
+
+@pytest.fixture
+def iterator() -> AsyncDataIterator:
+    return AsyncDataIterator(cast("Any", None), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch_size": 0}, ValueError, "batch_size=0 must be 1 or more"),
+        ({"batch_size": -3}, ValueError, "batch_size=-3"),
+        ({"batch_size": 2.5}, TypeError, r"batch_size=2\.5 must be an int"),
+        ({"batch_size": True}, TypeError, "batch_size=True"),
+        ({"prefetch_batches": -1}, ValueError, "prefetch_batches=-1 must be 0 or more"),
+        ({"prefetch_batches": None}, TypeError, "prefetch_batches=None"),
+        ({"batch_format": "xml"}, ValueError, "batch_format='xml'"),
+        ({"local_shuffle_buffer_size": 0}, ValueError, "local_shuffle_buffer_size=0 must be 1"),
+        (
+            {"local_shuffle_buffer_size": 5, "batch_size": None},
+            ValueError,
+            "local_shuffle_buffer_size=5 needs a batch_size",
+        ),
+        ({"local_shuffle_seed": "x"}, TypeError, "local_shuffle_seed='x'"),
+        ({"local_shuffle_seed": -1}, ValueError, "local_shuffle_seed=-1"),
+    ],
+)
+def test_iter_batches(
+    iterator: AsyncDataIterator,
+    arguments: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        iterator.iter_batches(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"routing": "random"}, ValueError, "routing='random' is unknown: use 'rows' or 'demand'"),
+        ({"prefetch_bytes": 0}, ValueError, "prefetch_bytes=0 must be 1 or more"),
+        ({"prefetch_bytes": 1.5}, TypeError, r"prefetch_bytes=1\.5 must be an int"),
+        ({"telemetry": None}, TypeError, "telemetry=None must be a TelemetryConfig"),
+    ],
+)
+def test_options(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SplitOptions(**arguments)
+
+
+@pytest.mark.parametrize("port", [-1, 65536, "9000"])
+def test_ports(port: Any) -> None:
+    with pytest.raises(ValueError, match=r"TelemetryConfig\.port="):
+        TelemetryConfig(port=port)
+
+
+def test_an_unsupported_ray_is_refused_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.__version__", "2.40.0")
+    with pytest.raises(RuntimeError, match=r"found 2\.40\.0") as raised:
+        asyncsplit.streaming_split(cast("Any", None), 1)
+    assert engine.SUPPORTED_RAY in str(raised.value)
+
+
+def test_not_a_dataset() -> None:
+    with pytest.raises(TypeError, match=r"ds=\[1, 2\] must be a ray.data.Dataset, not list"):
+        asyncsplit.streaming_split(cast("Any", [1, 2]), 1)

@@ -1,0 +1,151 @@
+"""Ray's private API has the names, and takes the calls, that asyncsplit/engine.py relies on."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+from typing import Any
+
+import pytest
+import ray
+from ray.data import DataContext, Dataset
+from ray.exceptions import RayTaskError, UserCodeException
+
+from asyncsplit import engine
+
+# Ray's own constructor sets fields that Ray has deprecated.
+pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
+
+INTERFACES = "ray.data._internal.execution.interfaces"
+EXECUTOR = "ray.data._internal.execution.streaming_executor.StreamingExecutor"
+BUILDER = "ray.data._internal.delegating_block_builder.DelegatingBlockBuilder"
+BUNDLE = f"{INTERFACES}.ref_bundle"
+
+
+def moved(what: str) -> str:
+    return f"{what} is not in Ray {ray.__version__} as asyncsplit/engine.py uses it"
+
+
+def find(path: str) -> Any:
+    """Return the object at a dotted path: a module, then attributes."""
+    head, *names = path.split(".")
+    found: Any = importlib.import_module(head)
+    for name in names:
+        head = f"{head}.{name}"
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            try:
+                found = importlib.import_module(head)
+            except ImportError:
+                return None
+    return found
+
+
+def takes(path: str, *args: object, **kwargs: object) -> bool:
+    try:
+        inspect.signature(find(path)).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("version", ["2.56.0", "2.56.1", "2.57.0", "2.60.3", "2.60.0rc1"])
+def test_a_supported_ray_passes(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(ray, "__version__", version)
+    engine.check_ray_version()
+
+
+@pytest.mark.parametrize("version", ["2.55.9", "2.61.0", "3.0.0.dev0", "10.0.0"])
+def test_another_ray_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    monkeypatch.setattr(ray, "__version__", version)
+    with pytest.raises(RuntimeError, match=re.escape(version)) as caught:
+        engine.check_ray_version()
+    assert engine.SUPPORTED_RAY in str(caught.value)
+
+
+def test_the_installed_ray_is_supported() -> None:
+    engine.check_ray_version()
+
+
+@pytest.mark.parametrize(
+    ("path", "args", "kwargs"),
+    [
+        ("ray.data.dataset.Dataset._create_executor", ["self"], {}),
+        ("ray.data.dataset.Dataset.get_dataset_id", ["self"], {}),
+        (f"{EXECUTOR}.set_external_consumer_bytes", ["self", 0], {}),
+        (f"{EXECUTOR}.shutdown", ["self"], {"force": True}),
+        (f"{EXECUTOR}.is_alive", ["self"], {}),
+        (f"{EXECUTOR}.get_stats", ["self"], {}),
+        ("ray.data._internal.stats.DatasetStats.to_summary", ["self"], {}),
+        ("ray.data._internal.stats.DatasetStatsSummary.to_string", ["self"], {}),
+        (f"{INTERFACES}.executor.OutputIterator.__next__", ["self"], {}),
+        (BUILDER, [], {}),
+        (f"{BUILDER}.add_block", ["self", "block"], {}),
+        (f"{BUILDER}.build", ["self"], {}),
+        ("ray.data.context.DataContext._set_current", ["context"], {}),
+        ("ray.data.Schema", ["schema"], {"data_context": None}),
+        ("ray._private.worker.global_worker.get_objects", [[]], {}),
+    ],
+)
+def test_a_call_is_taken(path: str, args: list[object], kwargs: dict[str, object]) -> None:
+    assert takes(path, *args, **kwargs), moved(f"{path}, called with {args} {kwargs},")
+
+
+def test_the_bundle_iterator_is_built_from_an_executor() -> None:
+    if hasattr(Dataset, "_build_bundle_iterator"):
+        path, args = "ray.data.dataset.Dataset._build_bundle_iterator", ["self", "executor"]
+    else:
+        module = "ray.data._internal.execution.legacy_compat"
+        path, args = f"{module}.execute_to_legacy_bundle_iterator", ["executor", "plan"]
+    assert takes(path, *args), moved(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        (f"{BUNDLE}.RefBundle", {"blocks", "slices", "schema"}),
+        (f"{BUNDLE}.BlockEntry", {"ref", "metadata"}),
+        (f"{BUNDLE}.BlockSlice", {"start_offset", "end_offset"}),
+        ("ray.data.block.BlockMetadata", {"num_rows", "size_bytes", "exec_stats"}),
+        ("ray.data.block.BlockExecStats", {"node_id"}),
+    ],
+)
+def test_a_record_has_the_fields(path: str, names: set[str]) -> None:
+    record = find(path)
+    is_record = dataclasses.is_dataclass(record)
+    fields = {field.name for field in dataclasses.fields(record)} if is_record else set()
+    assert names <= fields, moved(f"{path}: {names - fields}")
+
+
+@pytest.mark.parametrize("name", ["_execution_idx", "raise_original_map_exception"])
+def test_the_context_has_the_field(name: str) -> None:
+    assert hasattr(DataContext(), name), moved(f"DataContext.{name}")
+
+
+def test_a_task_error_has_its_cause() -> None:
+    cause = ValueError()
+    error = RayTaskError("function", "traceback", cause, proctitle="", pid=1, ip="localhost")
+    assert error.cause is cause, moved("RayTaskError.cause")
+
+
+def test_ray_asks_the_flag_while_it_handles_a_users_error() -> None:
+    path = "ray.data._internal.planner.plan_udf_map_op._try_wrap_udf_exception"
+    before = DataContext.get_current()
+    context = before.copy()
+    context.raise_original_map_exception = engine._KeepOriginal()
+    engine.use_context(context)
+    caught: Exception | None = None
+    try:
+        raise ValueError("boom", 1)  # noqa: TRY301
+    except ValueError as error:
+        try:
+            find(path)(error)
+        except UserCodeException as wrapper:
+            caught = wrapper
+    finally:
+        engine.use_context(before)
+    assert caught is not None, moved(path)
+    assert isinstance(caught.__cause__, ValueError)
+    original = engine.unwrap(RayTaskError("f", "text", caught, proctitle="", pid=1, ip="localhost"))
+    assert (type(original), original.args) == (ValueError, ("boom", 1)), moved(path)

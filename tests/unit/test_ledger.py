@@ -1,0 +1,239 @@
+"""Where rows are, and what may be taken from the dataset."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from asyncsplit.core.ledger import Ledger, SplitLog
+from asyncsplit.core.routing import Part, make_router
+
+BUDGET = 400
+
+
+def part(rows: int, block: object = None) -> Part:
+    return Part(block, 0, rows, rows * 8)
+
+
+def log_of(*rows: int) -> SplitLog:
+    log = SplitLog()
+    for count in rows:
+        assert log.append(part(count))
+    return log
+
+
+def test_reading_is_repeatable_and_has_no_gaps() -> None:
+    log = log_of(3, 4, 5)
+    assert [lease.seq for lease in log.read(0, max_leases=10)] == [0, 1, 2]
+    assert log.read(1, max_leases=1) == log.read(1, max_leases=1)
+    assert log.read(3, max_leases=10) == ()
+
+
+def test_a_cursor_outside_the_log_is_refused() -> None:
+    log = log_of(3, 4)
+    log.acknowledge(3, fed=1)
+    with pytest.raises(ValueError, match="cursor 0 is outside the leases held, 1 to 2"):
+        log.read(0, max_leases=1)
+    with pytest.raises(ValueError, match="cursor 3"):
+        log.read(3, max_leases=1)
+
+
+def test_acknowledging_commits_rows_and_frees_whole_parts() -> None:
+    log = log_of(3, 4)
+    log.acknowledge(5, fed=2)
+    assert (log.committed_rows, log.leased_rows, log.first_seq) == (5, 2, 1)
+    assert (log.leased_bytes, log.waiting_bytes, log.waiting) == (32, 0, 0)
+    log.acknowledge(2, fed=1)
+    assert log.committed_rows == 5, "an old message takes nothing back"
+
+
+def test_acknowledging_what_was_never_leased_is_refused() -> None:
+    log = log_of(3)
+    with pytest.raises(ValueError, match="acknowledged 4 rows"):
+        log.acknowledge(4, fed=1)
+
+
+def test_a_shuffling_consumer_says_itself_what_is_finished() -> None:
+    log = log_of(3, 4, 5)
+    log.acknowledge(7, fed=3, low=0)
+    assert (log.committed_rows, log.first_seq) == (7, 0)
+    log.acknowledge(9, fed=3, low=2)
+    assert log.first_seq == 2
+
+
+def test_a_new_consumer_begins_at_what_is_not_committed() -> None:
+    log = log_of(3, 4, 5)
+    log.acknowledge(5, fed=3)
+    assert log.rewind() == 1
+    assert log.waiting == 2
+    assert log.waiting_bytes == log.leased_bytes == 9 * 8
+
+
+def test_leaving_truncates_what_is_leased_and_what_comes() -> None:
+    log = log_of(3, 4)
+    log.acknowledge(2, fed=1)
+    log.leave()
+    assert not log.append(part(6))
+    assert (log.committed_rows, log.leased_rows, log.truncated_rows) == (2, 0, 11)
+    assert log.leased_bytes == log.waiting_bytes == 0
+
+
+def test_a_block_larger_than_the_budget_gets_through() -> None:
+    ledger = Ledger(1, make_router(1, equal=False, routing="rows"), budget_bytes=1)
+    assert ledger.credit() > 0
+    ledger.produce([part(1000)])
+    assert ledger.route() == {0}
+    assert ledger.credit() == 0
+    ledger.acknowledge(0, 0, fed=1)
+    assert ledger.credit() > 0, "a block being cut into batches does not wait any more"
+
+
+def test_rows_of_a_split_that_left_do_not_stop_the_others() -> None:
+    ledger = Ledger(2, make_router(2, equal=False, routing="rows"), BUDGET)
+    ledger.leave(0)
+    for _ in range(20):
+        assert ledger.credit() > 0
+        ledger.produce([part(10)])
+        ledger.route()
+        if ledger.logs[1].waiting:
+            ledger.acknowledge(1, ledger.logs[1].assigned_rows, fed=ledger.logs[1].next_seq)
+    assert ledger.logs[0].truncated_rows == 100
+    assert ledger.logs[1].committed_rows == 100
+    ledger.leave(1)
+    assert ledger.credit() == 0
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Produce, read, acknowledge, rewind and leave in any order; check the invariants."""
+
+    @initialize(
+        n=st.integers(1, 5),
+        mode=st.sampled_from([(False, "rows"), (True, "rows"), (False, "demand")]),
+    )
+    def start(self, n: int, mode: tuple[bool, str]) -> None:
+        self.n = n
+        self.equal, self.routing = mode
+        router = make_router(n, equal=self.equal, routing=self.routing)
+        self.ledger = Ledger(n, router, BUDGET)
+        self.blocks = 0
+        self.biggest = 0
+        self.cursors = [0] * n
+        self.delivered: list[list[tuple[int, int]]] = [[] for _ in range(n)]
+
+    @precondition(lambda self: self.ledger.credit() > 0)
+    @rule(rows=st.lists(st.integers(1, 60), min_size=1, max_size=8))
+    def produce(self, rows: Sequence[int]) -> None:
+        credit = self.ledger.credit()
+        taken = []
+        for count in rows:
+            if credit <= 0:
+                break
+            taken.append(part(count, self.blocks))
+            self.biggest = max(self.biggest, taken[-1].size_bytes)
+            self.blocks += 1
+            credit -= taken[-1].size_bytes
+        self.ledger.produce(taken)
+        self.ledger.route()
+
+    @precondition(lambda self: not self.ledger.finished)
+    @rule()
+    def finish(self) -> None:
+        self.ledger.finish()
+        self.ledger.route()
+
+    @rule(split=st.integers(0, 4), count=st.integers(1, 4))
+    def pull(self, split: int, count: int) -> None:
+        split %= self.n
+        log = self.ledger.logs[split]
+        if log.left:
+            return
+        leases = log.read(self.cursors[split], max_leases=count)
+        for lease in leases:
+            assert lease.seq == self.cursors[split]
+            self.cursors[split] += 1
+            self.delivered[split] += [
+                (lease.part.block, row)  # type: ignore[misc]
+                for row in range(lease.part.start, lease.part.stop)
+            ]
+
+    @rule(split=st.integers(0, 4), share=st.floats(0, 1), fed=st.floats(0, 1))
+    def acknowledge(self, split: int, share: float, fed: float) -> None:
+        split %= self.n
+        log = self.ledger.logs[split]
+        if log.left:
+            return
+        begun = log.first_seq + round((self.cursors[split] - log.first_seq) * fed)
+        rows = sum(lease.part.rows for lease in log.read(log.first_seq, max_leases=1000)
+                   if lease.seq < begun)
+        first = log.read(log.first_seq, max_leases=1)
+        base = first[0].first_row if first else log.assigned_rows
+        self.ledger.acknowledge(split, base + int(rows * share), fed=begun)
+        self.ledger.route()
+
+    @rule(split=st.integers(0, 4))
+    def crash(self, split: int) -> None:
+        split %= self.n
+        log = self.ledger.logs[split]
+        if log.left:
+            return
+        self.cursors[split] = log.rewind()
+        first = log.read(self.cursors[split], max_leases=1)
+        keep = first[0].first_row if first else log.assigned_rows
+        assert keep <= log.committed_rows or not first
+        del self.delivered[split][keep:]
+
+    @rule(split=st.integers(0, 4))
+    def leave(self, split: int) -> None:
+        self.ledger.leave(split % self.n)
+        self.ledger.route()
+
+    @invariant()
+    def every_row_is_in_one_place(self) -> None:
+        ledger = self.ledger
+        logs = ledger.logs
+        assert ledger.produced_rows == (
+            ledger.router.unassigned_rows
+            + sum(log.leased_rows + log.committed_rows for log in logs)
+            + ledger.truncated_rows
+        )
+        assert all(log.leased_rows >= 0 for log in logs)
+        assert ledger.leased_bytes == sum(log.leased_bytes for log in logs)
+
+    @invariant()
+    def nothing_waits_beyond_the_budget_and_one_block(self) -> None:
+        for log in self.ledger.logs:
+            assert log.waiting_bytes <= BUDGET + self.biggest or log._fed < log.next_seq
+
+    @invariant()
+    def no_row_goes_to_two_splits(self) -> None:
+        seen = [row for rows in self.delivered for row in rows]
+        assert len(seen) == len(set(seen))
+
+    @invariant()
+    def equal_ends_are_equal(self) -> None:
+        if self.equal and self.ledger.finished:
+            assert len({log.assigned_rows for log in self.ledger.logs}) == 1
+
+    @invariant()
+    def somebody_can_always_go_on(self) -> None:
+        """Without credit, somebody holds data they have not begun, or nothing is to come."""
+        ledger = self.ledger
+        present = [log for log in ledger.logs if not log.left]
+        if present and not ledger.finished and ledger.credit() <= 0:
+            assert any(log.waiting for log in present)
+
+
+TestLedger = LedgerMachine.TestCase
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 1000))
+def test_waiting_bytes_stay_within_budget_and_a_block(sizes: list[int], budget: int) -> None:
+    ledger = Ledger(3, make_router(3, equal=False, routing="rows"), budget)
+    for rows in sizes:
+        if ledger.credit() > 0:
+            ledger.produce([part(rows)])
+            ledger.route()
+    for log in ledger.logs:
+        assert log.waiting_bytes < budget + max(sizes) * 8

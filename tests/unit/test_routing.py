@@ -1,0 +1,160 @@
+"""Which split gets what, for the three ways of routing."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncsplit.core.routing import (
+    Assignment,
+    DemandRouter,
+    EqualRouter,
+    Part,
+    RowsRouter,
+    make_router,
+)
+
+
+def parts(sizes: Sequence[int], nodes: Sequence[str | None] = ()) -> list[Part]:
+    nodes = list(nodes) or [None] * len(sizes)
+    return [
+        Part(i, 0, rows, rows * 8, node)
+        for i, (rows, node) in enumerate(zip(sizes, nodes, strict=True))
+    ]
+
+
+def route_all(router: RowsRouter, sizes: Sequence[int], hungry: set[int]) -> list[Assignment]:
+    out = []
+    for part in parts(sizes):
+        router.add(part)
+        out += router.assign(hungry)
+    router.finish()
+    return out + router.assign(hungry)
+
+
+def rows_of(assignments: Sequence[Assignment], n: int) -> list[int]:
+    return [sum(part.rows for split, part in assignments if split == s) for s in range(n)]
+
+
+def test_ten_blocks_over_three_splits_by_rows() -> None:
+    out = route_all(RowsRouter(3), [100] * 10, set())
+    assert sorted(rows_of(out, 3)) == [300, 300, 400]
+
+
+def test_ten_blocks_over_three_splits_equal() -> None:
+    router = EqualRouter(3)
+    out = route_all(router, [100] * 10, set())
+    assert rows_of(out, 3) == [333, 333, 333]
+    assert router.truncated_rows == 1
+
+
+def test_one_row_over_two_splits() -> None:
+    assert sorted(rows_of(route_all(RowsRouter(2), [1], set()), 2)) == [0, 1]
+    router = EqualRouter(2)
+    assert rows_of(route_all(router, [1], set()), 2) == [0, 0]
+    assert router.truncated_rows == 1
+
+
+@given(
+    n=st.integers(1, 9),
+    sizes=st.lists(st.integers(1, 50), max_size=40),
+    equal=st.booleans(),
+)
+def test_every_row_goes_to_one_split_or_is_truncated(
+    n: int, sizes: list[int], equal: bool
+) -> None:
+    router = make_router(n, equal=equal, routing="rows")
+    out = route_all(router, sizes, set())
+    seen = [(part.block, row) for _, part in out for row in range(part.start, part.stop)]
+    assert len(seen) == len(set(seen))
+    assert len(seen) + router.truncated_rows == sum(sizes)
+    assert router.unassigned_rows == router.unassigned_bytes == 0
+    assert rows_of(out, n) == router.rows
+    if equal:
+        assert set(router.rows) == {sum(sizes) // n}
+        assert router.truncated_rows == sum(sizes) % n
+    else:
+        assert router.truncated_rows == 0
+        assert max(router.rows) - min(router.rows) <= max(sizes, default=0)
+
+
+@given(
+    n=st.integers(1, 6),
+    sizes=st.lists(st.integers(1, 50), max_size=30),
+    equal=st.booleans(),
+    hungry=st.lists(st.sets(st.integers(0, 5)), min_size=31, max_size=31),
+)
+def test_shares_by_rows_do_not_depend_on_timing(
+    n: int, sizes: list[int], equal: bool, hungry: list[set[int]]
+) -> None:
+    steady = route_all(make_router(n, equal=equal, routing="rows"), sizes, set())
+    router = make_router(n, equal=equal, routing="rows")
+    out = []
+    for part, who in zip(parts(sizes), hungry, strict=False):
+        router.add(part)
+        if who:
+            out += router.assign(who)
+    router.finish()
+    out += router.assign(hungry[-1])
+    for split in range(n):
+        mine = [part for s, part in out if s == split]
+        assert mine == [part for s, part in steady if s == split]
+
+
+@given(n=st.integers(1, 6), sizes=st.lists(st.integers(1, 50), max_size=30))
+def test_blocks_of_a_split_keep_the_order_of_the_dataset(n: int, sizes: list[int]) -> None:
+    for equal in (False, True):
+        out = route_all(make_router(n, equal=equal, routing="rows"), sizes, set())
+        for split in range(n):
+            mine = [(part.block, part.start) for s, part in out if s == split]
+            assert mine == sorted(mine)
+
+
+def test_demand_gives_only_to_the_hungry() -> None:
+    router = DemandRouter(3)
+    for part in parts([10] * 4):
+        router.add(part)
+    assert router.assign(set()) == []
+    assert {split for split, _ in router.assign({2})} == {2}
+    assert {split for split, _ in router.assign({0, 2})} == {0, 2}
+    router.leave(0)
+    assert router.assign({0}) == []
+    assert [split for split, _ in router.assign({0, 1})] == [1]
+
+
+def test_demand_truncates_what_nobody_is_left_to_take() -> None:
+    router = DemandRouter(2)
+    for part in parts([10, 10]):
+        router.add(part)
+    router.leave(0)
+    assert router.truncated_rows == 0
+    router.leave(1)
+    assert router.truncated_rows == 20
+    assert router.unassigned_rows == 0
+
+
+def test_hints_prefer_blocks_on_the_splits_node() -> None:
+    router = make_router(2, equal=False, routing="rows", hints=["a", "b"])
+    for part in parts([10] * 8, ["b", "b", "a", "a", "b", "a", "b", "a"]):
+        router.add(part)
+    router.finish()
+    out = router.assign(set())
+    assert all(part.node == "ab"[split] for split, part in out)
+    assert (router.locality_hits, router.locality_misses) == (8, 0)
+
+
+def test_hints_do_not_keep_a_hungry_split_waiting() -> None:
+    router = make_router(2, equal=False, routing="rows", hints=["a", "b"])
+    router.add(parts([10], ["b"])[0])
+    assert router.assign(set()) == []
+    assert [split for split, _ in router.assign({0, 1})] == [0]
+    assert router.locality_misses == 1
+
+
+@pytest.mark.parametrize("rows", [1, 4, 9])
+def test_cutting_a_part_loses_no_rows_or_bytes(rows: int) -> None:
+    part = Part("block", 3, 13, 101)
+    head, tail = part.cut(rows)
+    assert (head.start, head.stop, tail.start, tail.stop) == (3, 3 + rows, 3 + rows, 13)
+    assert head.size_bytes + tail.size_bytes == 101
