@@ -1,4 +1,4 @@
-OLDEST_RAY := 2.57.0
+OLDEST_RAY := 2.56.0
 VENV := .venv
 VENV_OLDEST := .venv-oldest
 

@@ -11,6 +11,7 @@ from asyncsplit import engine
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.iterator import AsyncDataIterator
 from asyncsplit.options import SplitOptions
+from asyncsplit.remote import Coordinator
 from asyncsplit.stream import BatchStream
 
 
@@ -61,7 +62,7 @@ def streaming_split(
             "Ray is not running: the dataset belongs to a cluster that was shut down, or was"
             " created elsewhere. Call ray.init() and create the dataset again"
         )
-    coordinator = (
+    coordinator: Coordinator = (
         ray.remote(SplitCoordinator)
         .options(
             num_cpus=0,
@@ -71,7 +72,7 @@ def streaming_split(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
         )
-        .remote(ds, n, bool(equal), hints, options)
+        .remote(ds, n, bool(equal), hints, options)  # type: ignore[assignment]
     )
     return [AsyncDataIterator(coordinator, split, n) for split in range(n)]
 

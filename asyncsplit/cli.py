@@ -43,5 +43,5 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"asyncsplit {args.command} needs {error.name}: pip install 'asyncsplit[demo]'",
             file=sys.stderr,
         )
-        return 1
+        return 2
     return command.main(args.arguments) or 0

@@ -46,7 +46,7 @@ def _replies(
     ) -> _R | Failure:
         try:
             return await method(self, *args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - errors travel as values, see asyncsplit.wire
+        except Exception as error:  # errors travel as values, see asyncsplit.wire
             return Failure.of(error)
 
     return reply
@@ -239,8 +239,8 @@ class SplitCoordinator:
         self._ledger = self._new_ledger()
         try:
             execution = await self._guard.start(epoch)
-        except Exception as error:  # noqa: BLE001 - the consumers get it, whatever it is
-            error = engine.unwrap(error)
+        except Exception as raised:  # the consumers get it, whatever it is
+            error = engine.unwrap(raised)
             for opening in openings.values():
                 _reject(opening, error)
             self._fail(Failure.of(error))
@@ -264,9 +264,7 @@ class SplitCoordinator:
         self._settle()
         self._end_if_all_left()
 
-    def _deliver(
-        self, epoch: int, bundles: list[engine.Bundle], end: BaseException | None
-    ) -> None:
+    def _deliver(self, epoch: int, bundles: list[engine.Bundle], end: BaseException | None) -> None:
         """Take what the pump brings: on the loop, between two awaits of everything else."""
         if epoch != self._epochs.epoch or self._epochs.phase is not Phase.RUNNING:
             return

@@ -86,7 +86,20 @@ def cut(block: Block, start: int, stop: int) -> Block:
         return block
     if isinstance(block, pa.Table):
         return block.slice(start, stop - start)
-    return cast("Block", BlockAccessor.for_block(block).slice(start, stop))
+    return _renumbered(block[start:stop])
+
+
+def take(block: Block, rows: Array) -> Block:
+    """Return a copy of the rows at these indices."""
+    if isinstance(block, pd.DataFrame):
+        return _renumbered(block.take(rows))
+    return BlockAccessor.for_block(block).take(cast("list[int]", rows))
+
+
+def _renumbered(frame: Any) -> Block:
+    # As Ray's accessor does, in a way that pandas has not deprecated.
+    frame.index = pd.RangeIndex(len(frame))
+    return cast("Block", frame)
 
 
 def concat(blocks: Sequence[Block]) -> Block:
@@ -228,6 +241,7 @@ class Slab:
                 column[start:stop]
                 for slab, start, stop in pieces
                 if isinstance(column := cast("Columns", slab._columns)[name], np.ndarray)
+                and column.ndim == 1
             ]
             if len(arrays) == len(pieces):
                 batch[name] = joined = np.concatenate(arrays)
@@ -302,6 +316,9 @@ def _arrow_memory(block: pa.Table, name: str, column: pa.Array) -> Array | pa.Ar
         return cast("Array", BlockAccessor.for_block(block).to_numpy(name))
     if pa.types.is_null(kind):
         return None
+    if pa.types.is_dictionary(kind) and not column.null_count:
+        # As upstream, which however makes nulls the last of the dictionary's values.
+        return pa.chunked_array([column])
     if column.null_count or not pa.types.is_primitive(kind):
         return column
     try:

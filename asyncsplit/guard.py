@@ -26,9 +26,11 @@ DuringExecution = Literal["raise", "observed", "wait"]
 class Guard:
     """Owns the dataset's only executor and the schema computed once."""
 
-    def __init__(self, dataset: "Dataset", thread: Executor, state: CoordinatorState) -> None:
+    def __init__(self, dataset: Dataset, thread: Executor, state: CoordinatorState) -> None:
         """Guard a dataset; blocking calls go to ``thread``, one at a time."""
         self._dataset = dataset
+        # The engine changes the context it executes with; what a schema shows is the user's own.
+        self._context = dataset.context.copy()
         self._state = state
         self._thread = thread
         self._lock = asyncio.Lock()
@@ -78,7 +80,7 @@ class Guard:
             found = await asyncio.shield(observed)
             if found is not None:
                 self._state.schema_requests["observed"] += 1
-                return engine.observed_schema(found, self._dataset.context)
+                return engine.observed_schema(found, self._context)
             await self._idle.wait()
 
     async def start(self, epoch: int) -> engine.Execution:
@@ -89,18 +91,16 @@ class Guard:
             self._idle.clear()
             self._observed = asyncio.get_running_loop().create_future()
             try:
-                self._execution = await self._blocking(
-                    engine.Execution.start, self._dataset, epoch
-                )
+                self._execution = await self._blocking(engine.Execution.start, self._dataset, epoch)
             except BaseException:
                 self._ended()
                 raise
             return self._execution
 
     def observe(self, schema: object) -> None:
-        """Note the schema of a block of the running epoch; only the first one counts."""
-        if self._observed is not None and not self._observed.done():
-            self._observed.set_result(schema)
+        """Note the schema of a block of the running epoch; the first one counts."""
+        if schema is not None:
+            self._resolve(schema)
 
     def report_consumer_bytes(self, held_bytes: int) -> None:
         """Tell the executor's backpressure how much consumers hold."""
@@ -134,8 +134,12 @@ class Guard:
                 self._state.guard_lock_s += time.perf_counter() - began
 
     def _ended(self) -> None:
-        self.observe(None)
+        self._resolve(None)
         self._idle.set()
+
+    def _resolve(self, schema: object | None) -> None:
+        if self._observed is not None and not self._observed.done():
+            self._observed.set_result(schema)
 
     async def _blocking(self, call: Callable[..., _R], *args: object) -> _R:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)

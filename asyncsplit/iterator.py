@@ -7,11 +7,12 @@ from typing import Any
 from ray import cloudpickle
 from ray.data import DataContext, Schema
 
+from asyncsplit.consumer import Consumer
 from asyncsplit.formats import resolve_batch_format
 from asyncsplit.guard import DuringExecution
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import Coordinator, answer
-from asyncsplit.stream import BatchStream, Consumer
+from asyncsplit.stream import BatchStream
 from asyncsplit.wire import Status
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
-from ray.data.block import Block, BlockAccessor
+from ray.data.block import Block
 
 from asyncsplit.core.shuffle import Indices, ShufflePlan
 from asyncsplit.formats import (
@@ -30,10 +30,10 @@ from asyncsplit.formats import (
     row_bytes,
     row_count,
     row_lists,
+    take,
     to_batch,
     windows,
 )
-
 
 SMALL_BYTES = 4 * 2**20
 """Up to which size parts of a shuffle buffer are copied into one."""
@@ -389,9 +389,7 @@ class _Part(NamedTuple):
         block: Any = self.source.block
         if columns is not None:
             block = block.select(columns)
-        if self.rows is None:
-            return cast("Block", block)
-        return BlockAccessor.for_block(block).take(cast("list[int]", self.rows))
+        return cast("Block", block) if self.rows is None else take(block, self.rows)
 
 
 def _small_groups(parts: list[_Part]) -> Iterator[list[_Part]]:

@@ -63,7 +63,7 @@ class Pump:
             bundle, end = None, None
             try:
                 bundle = self._execution.next_bundle()
-            except BaseException as error:  # noqa: BLE001 - carried to those who wait for blocks
+            except BaseException as error:  # carried to those who wait for blocks
                 end = error
             self.dataset_wait_s += time.perf_counter() - allowed
             if not self._hand_over(bundle, end):

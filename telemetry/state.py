@@ -61,9 +61,7 @@ class CoordinatorState:
     schema_requests: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("hit", "miss", "observed", "rejected"), 0)
     )
-    guard_rejections: dict[str, int] = field(
-        default_factory=lambda: dict.fromkeys(("schema",), 0)
-    )
+    guard_rejections: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("schema",), 0))
     guard_lock_s: float = 0.0
     epochs: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("completed", "stopped", "failed"), 0)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from asyncsplit.demo.report import judge
 from asyncsplit.errors import AsyncSplitError
 
 CPUS = 2
+FEWEST_ROWS = 1_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,21 +46,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="asyncsplit demo",
         description="Train on real flights with async workers, and show what the data plane does.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     for option, default, text in (
-        ("--rows", None, "train on N random flights only"),
-        ("--epochs", 3, "passes over the flights"),
-        ("--workers", 2, "async workers"),
-        ("--batch-size", 512, "rows per batch"),
+        ("--rows", None, "how many flights, chosen at random (default: all)"),
+        ("--epochs", 3, "passes over the flights (default: %(default)s)"),
+        ("--workers", 2, "async workers (default: %(default)s)"),
+        ("--batch-size", 512, "rows per batch (default: %(default)s)"),
     ):
         parser.add_argument(option, type=_count, metavar="N", default=default, help=text)
     arguments = parser.parse_args(argv)
-    step = arguments.workers * arguments.batch_size
-    if arguments.rows is not None and arguments.rows < 2 * step:
+    needed = max(FEWEST_ROWS, 2 * arguments.workers * arguments.batch_size)
+    if arguments.rows is not None and arguments.rows < needed:
         parser.error(
             f"--rows {arguments.rows} is too few to see the loss fall: {arguments.workers} workers"
-            f" with --batch-size {arguments.batch_size} need {2 * step} or more"
+            f" with --batch-size {arguments.batch_size} need {needed} or more"
         )
     return arguments
 
@@ -97,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
     checks = judge(outcome.workers, rows)
     for passed, finding in checks:
         mark, style = ("ok", "green") if passed else ("FAILED", "bold red")
-        say(console, f"{mark:<7} {finding}", style)
+        say(console, f"{mark}  {finding}", style)
     return 0 if all(check.passed for check in checks) else 1
 
 
@@ -106,20 +107,32 @@ def _ray() -> Iterator[None]:
     """Run a small Ray of our own, and nothing of it on the screen."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        ray.init(
-            address="local",
-            num_cpus=CPUS,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _ctrl_c_later():
+            ray.init(
+                address="local",
+                num_cpus=CPUS,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield
     finally:
-        # An impatient second Ctrl-C would leave parts of Ray behind.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        ray.shutdown()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with _ctrl_c_later():
+            ray.shutdown()
+
+
+@contextmanager
+def _ctrl_c_later() -> Iterator[None]:
+    """Hold Ctrl-C back: in the middle of its start or end, Ray would leave processes behind."""
+    pressed = threading.Event()
+    usual = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if pressed.is_set():
+        raise KeyboardInterrupt
 
 
 def _fail(status: int, message: str) -> int:

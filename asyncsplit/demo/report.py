@@ -48,8 +48,8 @@ def exactly_once(epochs: Sequence[Sequence[RowIds]], rows: int) -> Check:
     dropped = f"; {left_out} left out for equal shares" if left_out else ""
     return Check(
         True,
-        f"exactly once: {rows - left_out:,} of {rows:,} rows seen in each epoch (of"
-        f" {len(epochs)}), none lost, none doubled{dropped}",
+        f"exactly once: in every epoch {rows - left_out:,} of {rows:,} rows, none lost, none"
+        f" doubled{dropped}",
     )
 
 
@@ -58,7 +58,10 @@ def loss_fell(losses: Sequence[float]) -> Check:
 
     A single epoch is compared with a model that knows nothing: it says 1/2 to everything.
     """
-    first = losses[0] if len(losses) > 1 else log(2)
+    path = [f"{loss:.4f}" for loss in losses]
+    first = losses[0]
+    if len(losses) == 1:
+        first = log(2)
+        path.insert(0, f"{first:.4f} (untrained)")
     fell = losses[-1] < first
-    path = " -> ".join(f"{loss:.4f}" for loss in losses)
-    return Check(fell, f"the loss {'fell' if fell else 'did not fall'}: {path}")
+    return Check(fell, f"the loss {'fell' if fell else 'did not fall'}: {' -> '.join(path)}")

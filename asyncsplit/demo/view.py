@@ -7,7 +7,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -82,7 +82,7 @@ class View:
         now = perf_counter()
         rows_per_s = self._pace.rows_per_s(now, workers)
         if self._live is not None:
-            self._live.update(self._table(now, workers, rows_per_s), refresh=True)
+            self._live.update(Group("", self._table(now, workers, rows_per_s)), refresh=True)
         elif now >= self._plain_at:
             self._plain_at = now + PLAIN_EVERY_S
             self.say(self._line(now, workers, rows_per_s))
@@ -91,8 +91,8 @@ class View:
         epoch = min(worker.epoch for worker in workers)
         loss = workers[0].loss
         return (
-            f"{now - self._began:5.1f} s  epoch {epoch} of {self._plan.epochs}"
-            f"  loss {'-' if math.isnan(loss) else f'{loss:.4f}'}"
+            f"{now - self._began:5.1f} s  epoch {epoch or '-'} of {self._plan.epochs}"
+            f"  loss {'-     ' if math.isnan(loss) else f'{loss:.4f}'}"
         )
 
     def _line(self, now: float, workers: Sequence[Progress], rows_per_s: Sequence[float]) -> str:
@@ -103,11 +103,11 @@ class View:
         return "  ".join([self._headline(now, workers), *each])
 
     def _table(self, now: float, workers: Sequence[Progress], rows_per_s: Sequence[float]) -> Table:
-        table = Table(
-            "worker", "this epoch", title=self._headline(now, workers), title_justify="left"
-        )
+        table = _bare_table(self._headline(now, workers))
+        table.add_column("worker", justify="right")
+        table.add_column("this epoch")
         for name in ("rows", "rows/s", "waiting for data"):
-            table.add_column(name, justify="right", min_width=8)
+            table.add_column(name, justify="right", min_width=9)
         for number, (worker, pace) in enumerate(zip(workers, rows_per_s, strict=True)):
             table.add_row(
                 str(number),

@@ -107,7 +107,7 @@ async def time_out_and_carry_on(gate: Path) -> list[int]:
             except TimeoutError:
                 timeouts += 1
                 if timeouts == 3:
-                    gate.touch()
+                    await asyncio.to_thread(gate.touch)
                 continue
             except StopAsyncIteration:
                 break

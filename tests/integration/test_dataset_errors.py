@@ -65,11 +65,15 @@ async def test_an_error_in_the_middle_comes_after_what_was_delivered(tmp_path: P
     ds = ray.data.range(100, override_num_blocks=10).map_batches(fail_late)
     (it,) = asyncsplit.streaming_split(ds, 1)
     seen: list[int] = []
-    with pytest.raises(ValueError, match="late"):
+
+    async def loop() -> None:
         async for batch in it.iter_batches(batch_size=10):
-            seen += batch["id"].tolist()
-            (tmp_path / "go").touch()
-    assert len(set(seen)) == len(seen)
+            seen.extend(batch["id"].tolist())
+            await asyncio.to_thread((tmp_path / "go").touch)
+
+    with pytest.raises(ValueError, match="late"):
+        await loop()
+    assert 0 < len(set(seen)) == len(seen)
 
 
 async def test_an_actor_pool_that_does_not_come_up_fails_the_epoch_for_all(

@@ -2,6 +2,7 @@
 
 import asyncio
 from itertools import chain
+from typing import Any
 
 import pytest
 import ray
@@ -10,7 +11,7 @@ from ray.data.expressions import col
 
 import asyncsplit
 from asyncsplit import AsyncDataIterator, ConsumerConflictError, SplitOptions
-from tests.integration.consume import Drive, read, read_epoch
+from tests.integration.consume import Drive, eventually, read, read_epoch
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
@@ -38,12 +39,8 @@ async def test_one_row_over_two_splits(drive: Drive, equal: bool, expected: list
 
 
 @both_drives
-@pytest.mark.parametrize(
-    ("equal", "expected"), [(True, [333, 333, 333]), (False, [300, 300, 400])]
-)
-async def test_ten_blocks_over_three_splits(
-    drive: Drive, equal: bool, expected: list[int]
-) -> None:
+@pytest.mark.parametrize(("equal", "expected"), [(True, [333, 333, 333]), (False, [300, 300, 400])])
+async def test_ten_blocks_over_three_splits(drive: Drive, equal: bool, expected: list[int]) -> None:
     its = asyncsplit.streaming_split(thousand(), 3, equal=equal)
     epoch = await read_epoch(its, drive)
     assert sorted(len(ids) for ids in epoch) == expected
@@ -155,9 +152,12 @@ async def test_two_streams_of_one_iterator_at_a_time_are_refused() -> None:
 async def test_two_tasks_on_one_stream_are_refused() -> None:
     first, second = asyncsplit.streaming_split(thousand(), 2)
     async with first.iter_batches() as stream:
+
+        async def is_open() -> bool:
+            return stream.is_open
+
         waiting = asyncio.create_task(anext(stream))
-        while not stream.is_open:
-            await asyncio.sleep(0)
+        await eventually(is_open)
         with pytest.raises(ConsumerConflictError, match="one stream serves one loop"):
             await anext(stream)
         await asyncio.gather(waiting, read(second))
@@ -184,13 +184,12 @@ async def test_a_single_consumer_needs_no_split() -> None:
 
 
 async def test_in_real_actors() -> None:
-    @ray.remote(num_cpus=0)
     class Worker:
         async def ids(self, it: AsyncDataIterator) -> list[int]:
             return await read(it)
 
     its = asyncsplit.streaming_split(thousand(), 2, equal=True)
-    workers = [Worker.remote() for _ in its]
+    workers: list[Any] = [ray.remote(Worker).options(num_cpus=0).remote() for _ in its]
     for _ in range(2):
         epoch = await asyncio.gather(
             *(worker.ids.remote(it) for worker, it in zip(workers, its, strict=True))

@@ -18,7 +18,6 @@ from tests.integration.consume import eventually, read, read_epoch, stopped
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-@ray.remote(num_cpus=0)
 class Counter:
     def __init__(self) -> None:
         self.blocks = 0
@@ -60,9 +59,12 @@ async def leave_by_break(it: AsyncDataIterator) -> None:
 
 
 async def leave_by_exception(it: AsyncDataIterator) -> None:
-    with pytest.raises(ZeroDivisionError):
-        async for _ in it.iter_batches(batch_size=1):
-            1 / 0  # noqa: B018
+    async def loop() -> None:
+        async for batch in it.iter_batches(batch_size=1):
+            raise LookupError(batch)
+
+    with pytest.raises(LookupError):
+        await loop()
 
 
 async def leave_by_cancellation(it: AsyncDataIterator) -> None:
@@ -123,7 +125,7 @@ async def leave_a_plain_loop(it: AsyncDataIterator) -> None:
 )
 async def test_leaving_early_stops_the_executor(leave: Any) -> None:
     blocks = 200
-    counter = Counter.remote()
+    counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
     options = SplitOptions(prefetch_bytes=BLOCK_BYTES)
     its = asyncsplit.streaming_split(counted(counter, blocks), 2, options=options)
     await asyncio.gather(*(leave(it) for it in its))
@@ -143,7 +145,7 @@ async def test_one_split_leaving_early_does_not_change_the_others_share() -> Non
 
 async def test_a_paused_consumer_stops_production() -> None:
     blocks = 400
-    counter = Counter.remote()
+    counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
     ds = counted(counter, blocks)
     ds.context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=8 * BLOCK_BYTES

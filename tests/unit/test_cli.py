@@ -12,7 +12,7 @@ from asyncsplit import __version__, cli
 def demo(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Put a demo in place that records its arguments."""
     calls: list[list[str]] = []
-    module = ModuleType("asyncsplit.demo")
+    module = ModuleType(cli._COMMANDS["demo"][0])
     module.main = calls.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
@@ -59,5 +59,5 @@ def test_missing_extra_is_named_with_the_way_out(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(cli._COMMANDS, "demo", ("command_with_extra", ""))
 
-    assert cli.main(["demo"]) == 1
+    assert cli.main(["demo"]) == 2
     assert "needs no_such_package: pip install 'asyncsplit[demo]'" in capsys.readouterr().err

@@ -165,8 +165,11 @@ class LedgerMachine(RuleBasedStateMachine):
         if log.left:
             return
         begun = log.first_seq + round((self.cursors[split] - log.first_seq) * fed)
-        rows = sum(lease.part.rows for lease in log.read(log.first_seq, max_leases=1000)
-                   if lease.seq < begun)
+        rows = sum(
+            lease.part.rows
+            for lease in log.read(log.first_seq, max_leases=1000)
+            if lease.seq < begun
+        )
         first = log.read(log.first_seq, max_leases=1)
         base = first[0].first_row if first else log.assigned_rows
         self.ledger.acknowledge(split, base + int(rows * share), fed=begun)

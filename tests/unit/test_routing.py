@@ -61,9 +61,7 @@ def test_one_row_over_two_splits() -> None:
     sizes=st.lists(st.integers(1, 50), max_size=40),
     equal=st.booleans(),
 )
-def test_every_row_goes_to_one_split_or_is_truncated(
-    n: int, sizes: list[int], equal: bool
-) -> None:
+def test_every_row_goes_to_one_split_or_is_truncated(n: int, sizes: list[int], equal: bool) -> None:
     router = make_router(n, equal=equal, routing="rows")
     out = route_all(router, sizes, set())
     seen = [(part.block, row) for _, part in out for row in range(part.start, part.stop)]

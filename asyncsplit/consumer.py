@@ -1,0 +1,55 @@
+"""Consumer: who reads a split, as long as its iterator object lives."""
+
+import gc
+import uuid
+import weakref
+from typing import Protocol
+
+from asyncsplit.core.epochs import Stream
+from asyncsplit.errors import ConsumerConflictError
+from asyncsplit.remote import Coordinator
+from asyncsplit.telemetry.state import ConsumerCounters
+
+
+class HasSplit(Protocol):
+    """A stream, as far as its consumer cares."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the stream holds its split."""
+
+
+class Consumer:
+    """An iterator object in one process: who reads a split, and its totals over all streams."""
+
+    def __init__(self, coordinator: Coordinator, split: int, serialized_bytes: int) -> None:
+        """Make a consumer with a name of its own; it holds nothing until it opens a stream."""
+        self.coordinator = coordinator
+        self.split = split
+        self.serialized_bytes = serialized_bytes
+        self.name = uuid.uuid4().hex[:12]
+        self.totals = ConsumerCounters()
+        self._streams = 0
+        self._open: weakref.ref[HasSplit] | None = None
+
+    def open(self, stream: HasSplit) -> Stream:
+        """Give a stream its number.
+
+        Raises:
+            ConsumerConflictError: If another stream of this consumer is open.
+        """
+        if self._other_open(stream):
+            # One that was cancelled may linger in a cycle of traceback and frames.
+            gc.collect(1)
+        if self._other_open(stream):
+            raise ConsumerConflictError(
+                f"split {self.split} is already being iterated by another stream of this"
+                " iterator: finish it, or close it with `await stream.aclose()`, first"
+            )
+        self._open = weakref.ref(stream)
+        self._streams += 1
+        return Stream(self.name, self._streams)
+
+    def _other_open(self, stream: HasSplit) -> bool:
+        other = None if self._open is None else self._open()
+        return other is not None and other is not stream and other.is_open

@@ -1,0 +1,221 @@
+"""Feed: what is on its way from the coordinator to a stream's pipeline.
+
+Nothing here waits: `Feed.advance` does what can be done and returns the future to wait for. What
+is in flight are Ray's own futures, so a wait that is cancelled loses nothing.
+"""
+
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import ray
+
+from asyncsplit import engine
+from asyncsplit.consumer import Consumer
+from asyncsplit.core.epochs import Stream
+from asyncsplit.pipeline import Pipeline, RowPipeline
+from asyncsplit.remote import Reply, ask, opened
+from asyncsplit.telemetry.state import ConsumerCounters
+from asyncsplit.wire import Delivery, Progress, Slice, Started
+
+SMALL_BYTES = 2**20
+"""Blocks up to this size are fetched together, at a fraction of what one future each costs;
+larger ones are fetched ahead, off the loop, because unpickling them takes time."""
+
+GROUP_BYTES = 4 * 2**20
+GROUP_SLICES = 64
+"""Bounds of one such group: together they keep the loop for less than 3 ms."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    slice: Slice
+    fetch: "Future[Any] | None" = None
+
+
+class Feed:
+    """Pulls one stream's slices, fetches their blocks and feeds a pipeline."""
+
+    def __init__(
+        self,
+        consumer: Consumer,
+        stream: Stream,
+        pipeline: Pipeline | RowPipeline,
+        *,
+        prefetch_batches: int,
+        batch_size: int | None,
+    ) -> None:
+        """Arrive at the barrier."""
+        self.started: Started | None = None
+        self.waited = 0
+        """Batches that were not ready when asked for."""
+        self.wait_s = 0.0
+        """Seconds the loop has waited."""
+        self.began = perf_counter()
+        self._consumer = consumer
+        self._stream = stream
+        self._pipeline = pipeline
+        self._prefetch = prefetch_batches
+        self._batch_size = batch_size
+        self._backlog: deque[_Pending] = deque()
+        self._backlog_bytes = 0
+        self._cursor = 0
+        self._fed = 0
+        self._fed_bytes = 0
+        self._last = False
+        self._pulling: Future[Reply[Delivery]] | None = None
+        self._starting: Future[Reply[Started]] = ask(
+            consumer.coordinator,
+            "start_epoch",
+            consumer.split,
+            stream,
+            consumer.serialized_bytes,
+            consumer.totals,
+        )
+
+    @property
+    def backlog(self) -> int:
+        """How many slices have been delivered and not begun."""
+        return len(self._backlog)
+
+    def advance(self, finished_rows: int) -> "Future[Any] | None":
+        """Feed the pipeline if that is possible now; else return what to wait for.
+
+        ``finished_rows`` is how many rows the training loop has finished with.
+
+        Raises:
+            Exception: Whatever the coordinator answered, or fetching a block failed with.
+        """
+        if self.started is None:
+            if not self._starting.done():
+                return self._starting
+            self.started = Started(*opened(self._starting))
+            self._cursor = self.started.cursor
+        self._receive()
+        if not self._backlog and self._last:
+            self._pipeline.finish()
+            return None
+        fed_before = self._fed
+        waiting_for = self._feed_head() if self._backlog else None
+        # Only now, so that the coordinator hears what has been begun: it would let a pull wait
+        # for ever that says there is still enough.
+        self._pull_if_room(self.started, finished_rows)
+        return waiting_for or (None if self._fed > fed_before else self._pulling)
+
+    def acknowledge(self, finished_rows: int) -> None:
+        """Commit what the loop has finished with, without asking for more."""
+        if self.started is not None:
+            progress = self._progress(finished_rows)
+            self._send("acknowledge", self.started.epoch, self._stream, progress)
+
+    def close(self, finished_rows: int) -> "Callable[[], Future[Any]]":
+        """Let go of everything; return the call that says goodbye, which holds nothing."""
+        counters = self._consumer.totals = self.counters()
+        self._backlog.clear()
+        self._pulling = None
+        return functools.partial(
+            ask,
+            self._consumer.coordinator,
+            "notify_split_finished",
+            self._consumer.split,
+            self._stream,
+            self._progress(finished_rows),
+            counters,
+        )
+
+    def counters(self) -> ConsumerCounters:
+        """Return the consumer's totals, this stream's included."""
+        return self._consumer.totals.plus(
+            ConsumerCounters(
+                rows=self._pipeline.rows_out,
+                batches=self._pipeline.batches_out,
+                blocks=self._fed,
+                bytes=self._fed_bytes,
+                waits=self.waited,
+                wait_s=self.wait_s,
+                stream_s=perf_counter() - self.began,
+            )
+        )
+
+    def _receive(self) -> None:
+        """Take a delivery that has come."""
+        if self._pulling is None or not self._pulling.done():
+            return
+        delivery = Delivery(*opened(self._pulling))
+        self._pulling = None
+        self._backlog.extend(_Pending(Slice(*part)) for part in delivery.slices)
+        self._backlog_bytes += sum(part.size_bytes for part in delivery.slices)
+        self._cursor = delivery.cursor + len(delivery.slices)
+        self._last = delivery.end
+
+    def _pull_if_room(self, started: Started, finished_rows: int) -> None:
+        """Have the next delivery on its way if there is room for it."""
+        if self._pulling is not None or self._last:
+            return
+        room = self._backlog_bytes < started.prefetch_bytes if self._prefetch else not self._backlog
+        if room:
+            progress = self._progress(finished_rows)
+            self._pulling = self._send("pull", started.epoch, self._stream, self._cursor, progress)
+
+    def _feed_head(self) -> "Future[Any] | None":
+        """Feed what is here of the backlog; if its head is not, return what to wait for."""
+        self._fetch_ahead()
+        head = self._backlog[0]
+        if head.fetch is None:
+            head.fetch = self._feed_group()
+        if head.fetch is None:
+            return None
+        if not head.fetch.done():
+            return head.fetch
+        self._feed([head.fetch.result()])
+        return None
+
+    def _fetch_ahead(self) -> None:
+        """Have large blocks on their way for as many batches as `prefetch_batches` says."""
+        wanted = self._prefetch * (self._batch_size or 1)
+        for place, pending in enumerate(self._backlog):
+            part = pending.slice
+            if place and wanted <= 0:
+                break
+            if place:
+                wanted -= part.stop - part.start if self._batch_size else 1
+            if pending.fetch is None and part.size_bytes > SMALL_BYTES:
+                pending.fetch = part.ref.future()
+
+    def _feed_group(self) -> "Future[Any] | None":
+        """Feed the small blocks at the head that are here; if none is, return what to wait for."""
+        group: list[Slice] = []
+        size = 0
+        for pending in itertools.islice(self._backlog, GROUP_SLICES):
+            size += pending.slice.size_bytes
+            if pending.fetch is not None or (group and size > GROUP_BYTES):
+                break
+            group.append(pending.slice)
+        refs = list(dict.fromkeys(part.ref for part in group))
+        here, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=True)
+        if len(here) < len(refs):
+            ready = set(here)
+            group = list(itertools.takewhile(lambda part: part.ref in ready, group))
+        if not group:
+            return self._backlog[0].slice.ref.future()
+        self._feed(engine.get_ready([part.ref for part in group]))
+        return None
+
+    def _feed(self, blocks: list[Any]) -> None:
+        for block in blocks:
+            part = self._backlog.popleft().slice
+            self._backlog_bytes -= part.size_bytes
+            self._fed += 1
+            self._fed_bytes += part.size_bytes
+            self._pipeline.add(block, part.start, part.stop)
+
+    def _progress(self, finished_rows: int) -> Progress:
+        return Progress(finished_rows, self._fed, self._pipeline.oldest_unfinished)
+
+    def _send(self, method: str, *args: object) -> "Future[Any]":
+        return ask(self._consumer.coordinator, method, self._consumer.split, *args, self.counters())

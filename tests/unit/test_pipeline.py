@@ -1,0 +1,454 @@
+"""Cutting blocks into batches: values, counts, order and lifetimes."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.data.block import BlockAccessor
+
+from asyncsplit import engine
+from asyncsplit.formats import SUPPORTED_FORMATS, block_rows, resolve_batch_format
+from asyncsplit.pipeline import Pipeline, RowPipeline
+from tests.same import assert_same, feed
+
+# Ray's accessors use what the newest pandas has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
+
+FORMATS = ["numpy", "pandas", "pyarrow", None]
+
+formats = st.sampled_from(FORMATS)
+counts_of_rows = st.lists(st.integers(0, 25), max_size=8)
+batch_sizes = st.integers(1, 30)
+
+
+def table(start: int, stop: int) -> pa.Table:
+    """Columns of every kind of conversion; rows are known by their numbers."""
+    rows = range(start, stop)
+    return pa.table(
+        {
+            "id": pa.array(rows, pa.int64()),
+            "null": pa.array([None if row % 7 == 0 else row for row in rows], pa.int32()),
+            "text": pa.array([str(row) for row in rows], pa.string()),
+            "none": pa.nulls(len(rows)),
+        }
+    )
+
+
+def frame(start: int, stop: int) -> pd.DataFrame:
+    rows = np.arange(start, stop)
+    return pd.DataFrame(
+        {
+            "id": rows,
+            "half": rows / 2,
+            "text": rows.astype(str),
+            "array": [np.full(2, row) for row in rows],
+        }
+    )
+
+
+def blocks_of(counts: list[int], make: Any = table) -> list[Any]:
+    ends = np.cumsum([0, *counts]).tolist()
+    return [make(a, b) for a, b in pairwise(ends)]
+
+
+def in_chunks(block: pa.Table, rows: int) -> pa.Table:
+    pieces = [block.slice(row, rows) for row in range(0, len(block), rows)]
+    return pa.concat_tables(pieces) if pieces else block
+
+
+def expected(
+    counts: list[int], make: Any, batch_size: int | None, batch_format: str | None, drop_last: bool
+) -> list[Any]:
+    """Build each batch as Ray Data does: cut what belongs to it, join that, convert it."""
+    ends = np.cumsum([0, *counts]).tolist()
+    if batch_size is None:
+        cuts = list(pairwise(ends))
+    else:
+        cuts = [(row, min(row + batch_size, ends[-1])) for row in range(0, ends[-1], batch_size)]
+        if drop_last:
+            cuts = [(start, stop) for start, stop in cuts if stop - start == batch_size]
+    batches = []
+    for start, stop in cuts:
+        parts = [make(max(a, start), min(b, stop)) for a, b in pairwise(ends)]
+        parts = [part for part in parts if len(part)]
+        if parts:
+            block = parts[0] if batch_size is None else engine.concat_blocks(parts)
+            batches.append(BlockAccessor.for_block(block).to_batch_format(batch_format))
+    return batches
+
+
+def ids(batches: list[Any]) -> list[int]:
+    return [int(row) for batch in batches for row in np.asarray(batch["id"])]
+
+
+@given(counts_of_rows, st.none() | batch_sizes, formats, st.booleans())
+def test_batches_of_arrow_blocks(
+    counts: list[int], batch_size: int | None, batch_format: str | None, drop_last: bool
+) -> None:
+    pipeline = Pipeline(batch_size=batch_size, batch_format=batch_format, drop_last=drop_last)
+    batches = list(feed(pipeline, blocks_of(counts)))
+    assert_same(batches, expected(counts, table, batch_size, batch_format, drop_last))
+    assert pipeline.batches_out == len(batches)
+    assert pipeline.rows_in == sum(counts) == pipeline.rows_out + pipeline.rows_dropped
+    assert pipeline.rows_buffered == 0
+    if not drop_last:
+        assert pipeline.rows_dropped == 0
+
+
+@given(counts_of_rows, st.none() | batch_sizes, formats, st.booleans())
+def test_batches_of_pandas_blocks(
+    counts: list[int], batch_size: int | None, batch_format: str | None, drop_last: bool
+) -> None:
+    pipeline = Pipeline(batch_size=batch_size, batch_format=batch_format, drop_last=drop_last)
+    batches = list(feed(pipeline, blocks_of(counts, frame)))
+    assert_same(batches, expected(counts, frame, batch_size, batch_format, drop_last))
+
+
+@given(
+    counts_of_rows,
+    batch_sizes,
+    formats,
+    st.integers(1, 10),
+    st.sampled_from([1, 200, 1000]),
+)
+def test_batches_do_not_depend_on_chunks_and_windows(
+    counts: list[int], batch_size: int, batch_format: str | None, chunk: int, window: int
+) -> None:
+    blocks = [in_chunks(block, chunk) for block in blocks_of(counts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncsplit.formats.WINDOW_BYTES", window)
+        batches = list(feed(Pipeline(batch_size=batch_size, batch_format=batch_format), blocks))
+    assert_same(batches, expected(counts, table, batch_size, batch_format, False))
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9))), batch_sizes)
+def test_rows_outside_of_start_and_stop_are_left_out(
+    parts: list[tuple[int, int, int]], batch_size: int
+) -> None:
+    pipeline = Pipeline(batch_size=batch_size, batch_format="numpy")
+    wanted: list[int] = []
+    row = 0
+    for before, rows, after in parts:
+        block = table(row, row + before + rows + after)
+        pipeline.add(block, before, before + rows)
+        wanted += range(row + before, row + before + rows)
+        row += len(block)
+    pipeline.finish()
+    assert ids(list(pipeline.batches)) == wanted
+    assert pipeline.rows_in == len(wanted)
+
+
+@pytest.mark.parametrize("shuffle", [None, 20])
+@given(counts_of_rows, batch_sizes, formats, st.lists(st.integers(0, 4)))
+def test_batches_do_not_depend_on_when_blocks_come(
+    shuffle: int | None,
+    counts: list[int],
+    batch_size: int,
+    batch_format: str | None,
+    early: list[int],
+) -> None:
+    def make() -> Pipeline:
+        return Pipeline(
+            batch_size=batch_size,
+            batch_format=batch_format,
+            shuffle_buffer_size=shuffle,
+            shuffle_seed=5,
+        )
+
+    one_by_one = list(feed(make(), blocks_of(counts)))
+
+    pipeline = make()
+    blocks = blocks_of(counts)
+    batches = []
+    for number in early:
+        for block in blocks[:number]:
+            pipeline.add(block, 0, len(block))
+        blocks = blocks[number:]
+        while (batch := next(pipeline.batches)) is not None:
+            batches.append(batch)
+        before = (pipeline.rows_in, pipeline.rows_out, pipeline.rows_buffered)
+        assert next(pipeline.batches) is None
+        assert next(pipeline.batches) is None
+        assert (pipeline.rows_in, pipeline.rows_out, pipeline.rows_buffered) == before
+    assert_same(batches + list(feed(pipeline, blocks)), one_by_one)
+
+
+def test_counts_are_those_of_batches_handed_out() -> None:
+    pipeline = Pipeline(batch_size=4, batch_format="numpy", drop_last=True)
+    assert next(pipeline.batches) is None
+    for block in blocks_of([3, 10]):
+        pipeline.add(block, 0, len(block))
+    pipeline.finish()
+    assert (pipeline.rows_in, pipeline.rows_out, pipeline.rows_buffered) == (13, 0, 13)
+    for number, _ in enumerate(pipeline.batches, 1):
+        assert (pipeline.rows_out, pipeline.batches_out) == (4 * number, number)
+        assert pipeline.rows_buffered == 13 - 4 * number - pipeline.rows_dropped
+    assert (pipeline.rows_out, pipeline.rows_dropped, pipeline.rows_buffered) == (12, 1, 0)
+
+
+def test_record_batches_and_bytes_are_blocks() -> None:
+    block = table(0, 5)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, block.schema) as writer:
+        writer.write_table(block)
+    blocks = [block.to_batches()[0], sink.getvalue().to_pybytes()]
+    pipeline = Pipeline(batch_size=8, batch_format=None)
+    for other in blocks:
+        pipeline.add(other, 0, 5)
+    pipeline.finish()
+    assert pa.concat_tables(pipeline.batches).equals(pa.concat_tables([block, block]))
+
+
+def test_what_is_no_block_is_refused() -> None:
+    pipeline = Pipeline(batch_size=8, batch_format=None)
+    with pytest.raises(TypeError, match="Not a block type"):
+        pipeline.add("text", 0, 1)
+    for start, stop in ((-1, 1), (2, 1), (0, 6)):
+        with pytest.raises(ValueError, match=f"rows {start} to {stop} are not within .* 5 rows"):
+            pipeline.add(table(0, 5), start, stop)
+    pipeline.finish()
+    with pytest.raises(ValueError, match=r"after finish\(\)"):
+        pipeline.add(table(0, 5), 0, 5)
+
+
+@pytest.mark.parametrize("batch_format", FORMATS)
+def test_a_conversion_that_fails_is_not_counted(batch_format: str | None) -> None:
+    blocks = [table(0, 6), pa.table({"id": [{"no": "number"}] * 6})]
+    pipeline = Pipeline(batch_size=4, batch_format=batch_format)
+    batches = feed(pipeline, blocks)
+    next(batches)
+    with pytest.raises(Exception, match="id"):
+        next(batches)
+    assert (pipeline.rows_out, pipeline.batches_out) == (4, 1)
+    assert next(pipeline.batches, "ended") == "ended"
+
+
+def test_a_column_that_fails_in_the_middle_is_not_counted() -> None:
+    text = pa.array([b"good"] * 9 + [b"\xff"] + [b"good"] * 5, pa.binary()).view(pa.string())
+    pipeline = Pipeline(batch_size=2, batch_format="numpy")
+    batches = feed(pipeline, [pa.table({"x": text})])
+    for _ in range(4):
+        next(batches)
+    with pytest.raises(pa.ArrowException):
+        next(batches)
+    assert (pipeline.rows_out, pipeline.batches_out) == (8, 4)
+
+
+def memory(rows: int) -> tuple[pa.Table, "weakref.ref[Any]"]:
+    """Return a block, and a reference to the memory it keeps alive."""
+    values = np.arange(rows)
+    return pa.table({"id": pa.array(values)}), weakref.ref(values)
+
+
+def make_pipeline(kind: str) -> Pipeline:
+    if kind == "rows":
+        return RowPipeline()
+    if kind == "whole":
+        return Pipeline(batch_size=None, batch_format="numpy")
+    if kind.startswith("shuffle"):
+        return Pipeline(batch_size=4, batch_format=kind[8:], shuffle_buffer_size=6)
+    return Pipeline(batch_size=4, batch_format=kind)
+
+
+KINDS = ["numpy", "pandas", "pyarrow", "shuffle numpy", "shuffle pyarrow", "whole", "rows"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", [[8], [6, 6], [4, 5, 1, 2], [3, 3]])
+def test_a_block_is_freed_with_its_last_batch(kind: str, rows: list[int]) -> None:
+    pipeline = make_pipeline(kind)
+    held = []
+    for number in rows:
+        block, ref = memory(number)
+        held.append(ref)
+        pipeline.add(block, 0, number)
+        del block
+    pipeline.finish()
+    ends = np.cumsum(rows).tolist()
+    gc.disable()
+    try:
+        while pipeline.rows_buffered:
+            batch = next(pipeline.batches)
+            del batch
+            for end, ref in zip(ends, held, strict=True):
+                if pipeline.rows_out >= end and "shuffle" not in kind:
+                    assert ref() is None
+        assert all(ref() is None for ref in held)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "pyarrow", "shuffle numpy", "whole"])
+def test_a_batch_is_freed_when_its_user_drops_it(kind: str) -> None:
+    pipeline = make_pipeline(kind)
+    gc.disable()
+    try:
+        for block in blocks_of([9, 1, 2, 11]):
+            pipeline.add(block, 0, len(block))
+        pipeline.finish()
+        for batch in pipeline.batches:
+            ref = weakref.ref(batch["id"] if isinstance(batch, dict) else batch)
+            del batch
+            assert ref() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_closing_lets_go_of_everything(kind: str) -> None:
+    pipeline = make_pipeline(kind)
+    held = []
+    for _ in range(6):
+        block, ref = memory(7)
+        held.append(ref)
+        pipeline.add(block, 0, 7)
+        del block
+    next(pipeline.batches)
+    out = pipeline.rows_out
+    pipeline.close()
+    assert all(ref() is None for ref in held)
+    assert (pipeline.rows_out, next(pipeline.batches, "ended")) == (out, "ended")
+    pipeline.close()
+
+
+@given(counts_of_rows, batch_sizes, st.integers(1, 60), formats, st.booleans(), st.booleans())
+def test_shuffled_batches(
+    counts: list[int],
+    batch_size: int,
+    buffer_size: int,
+    batch_format: str | None,
+    drop_last: bool,
+    chunked: bool,
+) -> None:
+    blocks = blocks_of(counts)
+    if chunked:
+        blocks = [in_chunks(block, 4) for block in blocks]
+
+    def batches_in(batch_format: str | None) -> Iterator[Any]:
+        pipeline = Pipeline(
+            batch_size=batch_size,
+            batch_format=batch_format,
+            drop_last=drop_last,
+            shuffle_buffer_size=buffer_size,
+            shuffle_seed=3,
+        )
+        yield from feed(pipeline, blocks)
+        assert pipeline.rows_in == pipeline.rows_out + pipeline.rows_dropped
+
+    rows = ids(list(batches_in("numpy")))
+    left_out = sum(counts) % batch_size if drop_last else 0
+    assert len(rows) == len(set(rows)) == sum(counts) - left_out
+    assert set(rows) <= set(range(sum(counts)))
+    batches = list(batches_in(batch_format))
+    wanted = []
+    for first in range(0, len(rows), batch_size):
+        taken = [table(row, row + 1) for row in rows[first : first + batch_size]]
+        block = pa.concat_tables(taken).combine_chunks()
+        wanted.append(BlockAccessor.for_block(block).to_batch_format(batch_format))
+    assert_same(batches, wanted)
+
+
+def mixed_blocks() -> list[Any]:
+    """Columns that are plain memory in some blocks only, and blocks of unlike types."""
+    return [
+        pa.table({"id": range(10), "x": [1] * 10}),
+        pa.table({"id": range(10, 20), "x": pa.array([None] * 10, pa.int64())}),
+        pa.table({"id": range(20, 30), "x": [0.5] * 10}),
+        pd.DataFrame({"id": range(30, 40), "x": [2.5] * 10}),
+        pa.table({"x": pa.array([3] * 300, pa.int8()), "id": range(40, 340)}),
+    ]
+
+
+@pytest.mark.parametrize("small", [1, 600, 2**20])
+@pytest.mark.parametrize("batch_format", FORMATS)
+def test_unlike_blocks_are_shuffled_together(
+    batch_format: str | None, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncsplit.pipeline.SMALL_BYTES", small)
+    pipeline = Pipeline(batch_size=7, batch_format=batch_format, shuffle_buffer_size=25)
+    batches = list(feed(pipeline, mixed_blocks()))
+    assert sorted(ids(batches)) == list(range(340))
+    x = np.concatenate([np.asarray(batch["x"], float) for batch in batches])
+    values = dict(zip(ids(batches), x.tolist(), strict=True))
+    expect = [1.0] * 10 + [np.nan] * 10 + [0.5] * 10 + [2.5] * 10 + [3.0] * 300
+    np.testing.assert_array_equal([values[row] for row in range(340)], expect)
+
+
+def test_a_seed_is_drawn_if_none_is_given() -> None:
+    def shuffled(seed: int | None) -> tuple[int | None, list[int]]:
+        pipeline = Pipeline(
+            batch_size=8, batch_format="numpy", shuffle_buffer_size=100, shuffle_seed=seed
+        )
+        return pipeline.shuffle_seed, ids(list(feed(pipeline, blocks_of([100, 100]))))
+
+    seed, rows = shuffled(None)
+    other_seed, other_rows = shuffled(None)
+    assert seed != other_seed
+    assert rows != other_rows
+    assert shuffled(seed) == (seed, rows)
+    assert Pipeline(batch_size=8, batch_format="numpy").shuffle_seed is None
+
+
+def test_a_shuffle_needs_a_batch_size() -> None:
+    with pytest.raises(ValueError, match="Must specify a batch_size if using a local shuffle"):
+        Pipeline(batch_size=None, batch_format="numpy", shuffle_buffer_size=3)
+
+
+@given(counts_of_rows, batch_sizes, st.integers(1, 60))
+def test_the_oldest_unfinished_block_is_never_named_too_late(
+    counts: list[int], batch_size: int, buffer_size: int
+) -> None:
+    pipeline = Pipeline(
+        batch_size=batch_size,
+        batch_format="numpy",
+        shuffle_buffer_size=buffer_size,
+        shuffle_seed=9,
+    )
+    block_of = np.repeat(np.arange(len(counts)), counts)
+    finished: set[int] = set()
+    oldest = pipeline.oldest_unfinished
+    assert oldest == 0
+    for batch in feed(pipeline, blocks_of(counts)):
+        unfinished = set(range(sum(counts))) - finished
+        named = pipeline.oldest_unfinished
+        assert named is not None
+        assert oldest <= named <= block_of[min(unfinished)]
+        oldest = named
+        finished |= set(ids([batch]))
+    assert pipeline.oldest_unfinished == len(counts)
+
+
+def test_in_order_nobody_needs_to_name_the_oldest_unfinished_block() -> None:
+    assert Pipeline(batch_size=1, batch_format=None).oldest_unfinished is None
+
+
+@given(counts_of_rows, st.integers(1, 40))
+def test_rows_one_by_one(counts: list[int], cells: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncsplit.formats.WINDOW_CELLS", cells)
+        pipeline = RowPipeline()
+        rows = list(feed(pipeline, blocks_of(counts)))
+        assert rows == table(0, sum(counts)).to_pylist()
+        assert pipeline.rows_out == pipeline.batches_out == sum(counts)
+        assert list(block_rows(table(3, 9))) == rows[3:9] or sum(counts) < 9
+
+
+def test_formats() -> None:
+    assert resolve_batch_format("default") == "numpy"
+    for name in ("numpy", "pandas", "pyarrow", None):
+        assert resolve_batch_format(name) == name
+    with pytest.raises(ValueError, match="batch_format='arrow' is unknown: use one of"):
+        resolve_batch_format("arrow")
+    with pytest.raises(ValueError, match="batch_format='torch' is unknown"):
+        Pipeline(batch_size=1, batch_format="torch")
+    assert "cudf" in SUPPORTED_FORMATS
+    with pytest.raises(ValueError, match="needs the package cudf, which is not installed"):
+        resolve_batch_format("cudf")

@@ -1,0 +1,145 @@
+"""Which rows a shuffle plan draws, and when."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asyncsplit.core.shuffle import ShufflePlan
+
+counts_of_rows = st.lists(st.integers(0, 40), max_size=30)
+sizes = st.integers(1, 30)
+seeds = st.integers(0, 2**63)
+
+
+def advance(plan: ShufflePlan, blocks: Iterator[int]) -> list[int]:
+    """Return the input rows of the next draw."""
+    while plan.wants_input:
+        if (added := next(blocks, None)) is None:
+            plan.finish()
+        else:
+            plan.add(added)
+    plan.refill()
+    rows: list[int] = plan.input_rows(plan.draw()).tolist()
+    return rows
+
+
+def all_rows(plan: ShufflePlan, blocks: Iterator[int]) -> list[int]:
+    rows: list[int] = []
+    while drawn := advance(plan, blocks):
+        rows += drawn
+    return rows
+
+
+def order(counts: Sequence[int], buffer_size: int, batch_size: int, seed: int) -> list[int]:
+    return all_rows(ShufflePlan(buffer_size, batch_size, seed), iter(counts))
+
+
+@given(counts_of_rows, sizes, sizes, seeds)
+def test_every_row_is_drawn_once(
+    counts: list[int], buffer_size: int, batch_size: int, seed: int
+) -> None:
+    assert sorted(order(counts, buffer_size, batch_size, seed)) == list(range(sum(counts)))
+
+
+@given(counts_of_rows, sizes, sizes, seeds)
+def test_a_batch_is_drawn_from_a_full_buffer(
+    counts: list[int], buffer_size: int, batch_size: int, seed: int
+) -> None:
+    plan = ShufflePlan(buffer_size, batch_size, seed)
+    blocks = iter(counts)
+    delivered = 0
+    finished = False
+    while True:
+        while plan.wants_input:
+            if (rows := next(blocks, None)) is None:
+                plan.finish()
+                finished = True
+            else:
+                plan.add(rows)
+        plan.refill()
+        if not (drawn := len(plan.draw())):
+            break
+        delivered += drawn
+        if delivered < sum(counts):
+            assert drawn % batch_size == 0
+        if not finished:
+            assert plan.rows_in - delivered + batch_size >= max(buffer_size, batch_size)
+
+
+@given(counts_of_rows, sizes, sizes, seeds)
+def test_no_more_input_is_taken_than_needed(
+    counts: list[int], buffer_size: int, batch_size: int, seed: int
+) -> None:
+    plan = ShufflePlan(buffer_size, batch_size, seed)
+    low = max(buffer_size, batch_size)
+    delivered = 0
+    for rows in counts:
+        while not plan.wants_input:
+            plan.refill()
+            delivered += len(plan.draw())
+        assert plan.rows_in - delivered < low + low // 2
+        plan.add(rows)
+
+
+@given(counts_of_rows, sizes, sizes, seeds, st.data())
+def test_a_position_is_found_again_from_counts_alone(
+    counts: list[int], buffer_size: int, batch_size: int, seed: int, data: st.DataObject
+) -> None:
+    rows = order(counts, buffer_size, batch_size, seed)
+    delivered = data.draw(st.integers(0, len(rows)))
+    plan = ShufflePlan(buffer_size, batch_size, seed)
+    blocks = iter(counts)
+    remaining = plan.replay(blocks, delivered).tolist()
+    assert remaining == sorted(set(range(plan.rows_in)) - set(rows[:delivered]))
+    assert all_rows(plan, blocks) == rows[delivered:]
+
+
+@given(counts_of_rows, sizes, sizes, seeds)
+def test_a_position_beyond_the_end_is_an_error(
+    counts: list[int], buffer_size: int, batch_size: int, seed: int
+) -> None:
+    with pytest.raises(ValueError, match=f"{sum(counts) + 1} rows of an input of {sum(counts)}$"):
+        ShufflePlan(buffer_size, batch_size, seed).replay(counts, sum(counts) + 1)
+
+
+def test_the_seed_decides() -> None:
+    counts = [100] * 20
+    assert order(counts, 300, 32, 7) == order(counts, 300, 32, 7)
+    assert order(counts, 300, 32, 7) != order(counts, 300, 32, 8)
+
+
+@pytest.mark.parametrize("buffer_size", [1, 50, 400])
+def test_a_small_input_is_permuted_uniformly(buffer_size: int) -> None:
+    # One block is one generation: each of its rows is equally likely anywhere.
+    rows, runs = 40, 4000
+    where = np.zeros((rows, rows))
+    for seed in range(runs):
+        where[np.arange(rows), order([rows], buffer_size, 4, seed)] += 1
+    expected = runs / rows
+    chi_square = ((where - expected) ** 2 / expected).sum()
+    freedom = (rows - 1) ** 2
+    # Five standard deviations; the seeds are fixed.
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+def test_drawing_a_few_of_many_rows_is_uniform() -> None:
+    rows, bins = 200_000, 50
+    drawn = order([rows], 10, 100, 3)
+    assert sorted(drawn) == list(range(rows))
+    first = np.bincount(np.array(drawn[: rows // 10]) * bins // rows, minlength=bins)
+    expected = rows / 10 / bins
+    assert ((first - expected) ** 2 / expected).sum() < bins + 5 * (2 * bins) ** 0.5
+    assert abs(np.corrcoef(drawn, np.arange(rows))[0, 1]) < 5 / rows**0.5
+
+
+def test_rows_travel_as_far_as_the_buffer_allows() -> None:
+    rows = np.array(order([100] * 500, 5000, 50, 1))
+    away = rows - np.arange(len(rows))
+    # Rows leave after the buffer has been filled and then geometrically, so half of a buffer's
+    # size is what an even mix moves them at least.
+    assert np.abs(away).mean() > 2500
+    neighbours = np.abs(np.diff(rows))
+    assert np.median(neighbours) > 1000
