@@ -7,19 +7,24 @@ blocks on another (`asyncsplit.pump`).
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from ray import ObjectRef
 from ray.data import DataContext, Dataset, Schema
+from ray.exceptions import RayError
 
 from asyncsplit import engine
 from asyncsplit.core.epochs import Epochs, Phase, Stream
 from asyncsplit.core.ledger import Ledger
+from asyncsplit.core.liveness import Liveness, listing
 from asyncsplit.core.routing import Part, make_router
-from asyncsplit.errors import ConsumerConflictError, StreamClosedError
+from asyncsplit.errors import ConsumerConflictError, ConsumerLostError, StreamClosedError
 from asyncsplit.guard import DuringExecution, Guard
 from asyncsplit.options import SplitOptions
 from asyncsplit.pump import Pump
@@ -32,6 +37,12 @@ logger = logging.getLogger(__name__)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+TICK_S = 1.0
+"""How often waits are looked after."""
+
+VERDICT_S = 3.0
+"""How long news of a consumer's death may take; measured: within 2 s."""
 
 MAX_SLICES = 256
 """Slices in one reply. More would hold the loop, at 50 microseconds each, too long."""
@@ -77,6 +88,8 @@ class SplitCoordinator:
         keep_order = dataset.context.execution_options.preserve_order
         self._hints = None if keep_order else locality_hints
         self._options = options
+        # What is given on demand is asked for one block at a time, when the last one is begun.
+        self._prefetch_bytes = 1 if options.routing == "demand" else options.prefetch_bytes
         self._context = dataset.context.copy()
         engine.use_context(self._context)
         self._state = CoordinatorState.of(engine.dataset_tag(dataset), n, dataset.name)
@@ -88,33 +101,68 @@ class SplitCoordinator:
         self._openings: dict[int, asyncio.Future[Started]] = {}
         self._pulls: dict[int, asyncio.Future[None]] = {}
         self._failed: tuple[int, Failure] | None = None
+        self._liveness = Liveness(options.barrier_timeout_s, options.rejoin_timeout_s)
+        self._holds: dict[Stream, asyncio.Future[None]] = {}
+        self._deaths: dict[str, asyncio.Event] = {}
+        self._arrived_at: dict[int, float] = {}
+        self._pulled_at: dict[int, float] = {}
+        self._ticking = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._shut = False
         self._endpoint = Endpoint.serve(self._state, options.telemetry)
 
     @_replies
     async def start_epoch(
-        self, split: int, stream: Stream, serialized_bytes: int, counters: ConsumerCounters
+        self,
+        split: int,
+        stream: Stream,
+        lifeline: Sequence["ObjectRef[Any]"],
+        serialized_bytes: int,
+        counters: ConsumerCounters,
     ) -> Started:
         """Arrive at the barrier; return when the next epoch has started.
 
-        ``serialized_bytes`` is the pickled size of the consumer's iterator, 0 if it never was.
+        Whoever comes for a split whose consumer has died in the middle of an epoch does not wait:
+        it takes that epoch over, from the first row that is not committed.
+
+        ``lifeline`` holds the reference to the consumer's call of `hold`; ``serialized_bytes`` is
+        the pickled size of its iterator, 0 if it never was.
         """
         stream = Stream(*stream)
         self._check_open()
         if (earlier := self._epochs.superseded_by(split, stream)) is not None:
             self._leave(split, earlier)
+        await self._wait_for_verdict(split, stream)
         try:
-            self._epochs.arrive(split, stream)
+            takes_over = self._epochs.arrive(split, stream)
         except ConsumerConflictError:
             self._state.conflicts += 1
             raise
+        now = self._tick()
+        self._liveness.hear(split, now)
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
+        self._watch(split, stream, lifeline[0])
+        if takes_over and self._epochs.phase is Phase.RUNNING:
+            return self._take_over(split)
         if split not in self._openings or self._openings[split].done():
             self._openings[split] = asyncio.get_running_loop().create_future()
+            self._arrived_at[split] = now
         opening = self._openings[split]
         self._open_if_ready()
         return await asyncio.shield(opening)
+
+    @_replies
+    async def hold(self, split: int, stream: Stream) -> None:
+        """Return when the stream is closed: until then its owner's death shows, see `_watch`."""
+        stream = Stream(*stream)
+        if not self._epochs.is_closed(split, stream):
+            released = self._holds[stream] = asyncio.get_running_loop().create_future()
+            await released
+
+    @_replies
+    async def report_death(self, split: int, stream: Stream) -> None:
+        """Note that a consumer is dead, for those who know it sooner than Ray does."""
+        self._bury(split, Stream(*stream))
 
     @_replies
     async def pull(
@@ -136,10 +184,11 @@ class SplitCoordinator:
         while cursor == log.next_seq and not self._ledger.exhausted(split):
             self._wake(split)
             waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
+            self._pulled_at[split] = self._tick()
             await waiting
             if self._pulls.get(split) is not waiting:
                 return Delivery(cursor, (), end=False)
-            del self._pulls[split]
+            del self._pulls[split], self._pulled_at[split]
             self._check_stream(split, epoch, stream)
         leases = log.read(cursor, max_leases=MAX_SLICES)
         slices = tuple(
@@ -254,13 +303,11 @@ class SplitCoordinator:
             name=f"asyncsplit-pump-{epoch}",
         )
         self._epochs.started()
-        # What is given on demand is asked for one block at a time, when the last one is begun.
-        ahead = 1 if self._options.routing == "demand" else self._options.prefetch_bytes
         for split in set(range(self._n)) - set(self._epochs.active):
             self._ledger.leave(split)  # closed while the executor was starting
         for opening in openings.values():
             if not opening.done():
-                opening.set_result(Started(epoch, 0, ahead))
+                opening.set_result(Started(epoch, 0, self._prefetch_bytes))
         self._settle()
         self._end_if_all_left()
 
@@ -292,6 +339,7 @@ class SplitCoordinator:
         counters: ConsumerCounters,
     ) -> None:
         self._check_stream(split, epoch, stream)
+        self._liveness.hear(split, self._tick())
         self._state.update(split, stream.consumer, counters)
         progress = Progress(*progress)
         self._ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
@@ -317,11 +365,120 @@ class SplitCoordinator:
         if waiting is not None and not waiting.done():
             waiting.set_result(None)
 
+    async def _wait_for_verdict(self, split: int, stream: Stream) -> None:
+        """Give the news that a split's consumer has died the time it takes to come.
+
+        A replacement may be quicker than that; an intruder is not made faster by a wait.
+        """
+        holder = self._epochs.holder(split)
+        if holder is None or holder.consumer in {stream.consumer, *self._epochs.dead}:
+            return
+        death = self._deaths.setdefault(holder.consumer, asyncio.Event())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(VERDICT_S):
+                await death.wait()
+
+    def _watch(self, split: int, stream: Stream, lifeline: "ObjectRef[Any]") -> None:
+        """Learn of the death of the process that a stream is in, as the owner of its lifeline."""
+
+        async def watch() -> None:
+            try:
+                await lifeline
+            except RayError:
+                self._bury(split, stream)
+
+        self._spawn(watch())
+
+    def _bury(self, split: int, stream: Stream) -> None:
+        if self._epochs.is_closed(split, stream):
+            return
+        waited = self._epochs.arrived.get(split) == stream
+        if self._epochs.die(split, stream):
+            now = self._tick()
+            self._liveness.mourn(split, now)
+            logger.warning(
+                "the consumer of split %d died in epoch %d; another one that iterates the split"
+                " goes on from its first uncommitted row",
+                split,
+                self._epochs.epoch,
+            )
+        if waited:
+            _reject(self._openings[split], StreamClosedError("the stream's consumer died"))
+        self._deaths.setdefault(stream.consumer, asyncio.Event()).set()
+        self._release(stream)
+
+    def _take_over(self, split: int) -> Started:
+        """Let a new consumer go on where one died."""
+        cursor, skip_rows = self._ledger.rewind(split)
+        rows = self._ledger.logs[split].committed_rows
+        self._settle()
+        return Started(self._epochs.epoch, cursor, self._prefetch_bytes, rows, skip_rows)
+
+    def _release(self, stream: Stream) -> None:
+        released = self._holds.pop(stream, None)
+        if released is not None and not released.done():
+            released.set_result(None)
+
+    def _tick(self) -> float:
+        """Return the time, and see to it that waits are looked after once a second."""
+        if not self._ticking:
+            self._ticking = True
+            asyncio.get_running_loop().call_later(TICK_S, self._look_after_waits)
+        return time.monotonic()
+
+    def _look_after_waits(self) -> None:
+        """Warn of waits that take long, and end those that have taken too long."""
+        self._ticking = False
+        if not (self._epochs.active or self._epochs.arrived):
+            return
+        now = self._tick()
+        if self._pump is not None and not self._pump.wanting:
+            self._guard.excuse_pause()
+        barrier = [self._arrived_at[split] for split in self._epochs.arrived]
+        pulls = [self._pulled_at[split] for split in self._pulls if split in self._pulled_at]
+        blockers = set(self._epochs.missing if barrier else ())
+        if pulls and self._epochs.phase is Phase.RUNNING:
+            blockers.update(self._ledger.blockers())
+        elif not barrier and all(map(self._liveness.is_dead, self._epochs.active)):
+            blockers.update(self._epochs.active)
+        since = min((*barrier, *pulls), default=now) if blockers else None
+        if since is None:
+            return
+        if lost := self._liveness.lost(blockers, since, now):
+            self._lose(lost)
+        elif warning := self._liveness.warning(blockers, since, now):
+            logger.warning(
+                "splits %s wait in epoch %d: %s. They give up after barrier_timeout_s=%s, or"
+                " rejoin_timeout_s=%s for a dead consumer",
+                sorted({*self._epochs.arrived, *self._pulls}),
+                self._epochs.epoch,
+                warning,
+                self._options.barrier_timeout_s,
+                self._options.rejoin_timeout_s,
+            )
+
+    def _lose(self, lost: dict[int, str]) -> None:
+        """Tell all who wait that a consumer is lost; a fresh epoch starts when all arrive."""
+        waits_for = self._epochs.epoch + bool(self._epochs.arrived)
+        error = ConsumerLostError(
+            f"epoch {waits_for} cannot go on: {listing(lost)}. Restart the workers of these"
+            " splits and iterate again; raise SplitOptions.barrier_timeout_s if loops pause for"
+            " longer than that, or SplitOptions.rejoin_timeout_s if replacing a worker takes longer"
+        )
+        for split, stream in tuple(self._epochs.arrived.items()):
+            self._epochs.leave(split, stream)
+            self._release(stream)
+            _reject(self._openings[split], error)
+        self._fail(Failure.of(error))
+
     def _leave(self, split: int, stream: Stream) -> None:
         """Let a stream go, and end the epoch when it was the last."""
+        self._release(stream)
         opening = self._openings.get(split)
         waited = self._epochs.arrived.get(split) == stream
         running = self._epochs.leave(split, stream)
+        if waited or running:
+            self._liveness.forget(split)
         if (waited or running) and opening is not None:
             _reject(opening, StreamClosedError("the stream was closed before its epoch began"))
         if running and self._epochs.phase is Phase.RUNNING:
@@ -344,6 +501,9 @@ class SplitCoordinator:
         """Let the blocks go, stop the executor, and begin the next epoch if all wait for it."""
         self._state.epochs[outcome] += 1
         self._state.truncated_rows += self._ledger.truncated_rows
+        for split, stream in self._epochs.active.items():
+            self._release(stream)
+            self._liveness.forget(split)
         self._epochs.over()
         self._ledger = self._new_ledger()
         if self._pump is not None:

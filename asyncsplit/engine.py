@@ -109,6 +109,16 @@ class Execution:
         """Tell Ray how many bytes of output wait for consumers: they count as the dataset's."""
         self._executor.set_external_consumer_bytes(n)
 
+    def excuse_pause(self) -> None:
+        """Tell Ray's no-progress guard that consumers, not the dataset, have paused.
+
+        The guard takes any time without progress for a hang, also that of a dataset held back
+        because nobody takes its output: a long validation would end the epoch.
+        """
+        guard = getattr(self._executor, "_no_progress_guard", None)  # since Ray 2.58
+        if guard is not None:
+            guard._last_progress_time = guard._clock()
+
     def shutdown(self) -> None:
         """Cancel what still runs; idempotent, from any thread, and blocks for about 2 s at most.
 

@@ -31,6 +31,8 @@ GROUP_BYTES = 4 * 2**20
 GROUP_SLICES = 64
 """Bounds of one such group: together they keep the loop for less than 3 ms."""
 
+_NOT_STARTED = Started(epoch=-1, cursor=0, prefetch_bytes=0)
+
 
 @dataclass(slots=True)
 class _Pending:
@@ -68,12 +70,17 @@ class Feed:
         self._fed = 0
         self._fed_bytes = 0
         self._last = False
+        self._skip_rows = 0
         self._pulling: Future[Reply[Delivery]] | None = None
+        # A call that never returns: the coordinator holds a reference to its result, which this
+        # process owns, and so hears of it when this process dies.
+        lifeline: ray.ObjectRef[Any] = consumer.coordinator.hold.remote(consumer.split, stream)
         self._starting: Future[Reply[Started]] = ask(
             consumer.coordinator,
             "start_epoch",
             consumer.split,
             stream,
+            [lifeline],
             consumer.serialized_bytes,
             consumer.totals,
         )
@@ -95,7 +102,8 @@ class Feed:
             if not self._starting.done():
                 return self._starting
             self.started = Started(*opened(self._starting))
-            self._cursor = self.started.cursor
+            self._cursor = self._fed = self.started.cursor
+            self._skip_rows = self.started.skip_rows
         self._receive()
         if not self._backlog and self._last:
             self._pipeline.finish()
@@ -134,7 +142,7 @@ class Feed:
             ConsumerCounters(
                 rows=self._pipeline.rows_out,
                 batches=self._pipeline.batches_out,
-                blocks=self._fed,
+                blocks=self._fed - (self.started or _NOT_STARTED).cursor,
                 bytes=self._fed_bytes,
                 waits=self.waited,
                 wait_s=self.wait_s,
@@ -212,10 +220,18 @@ class Feed:
             self._backlog_bytes -= part.size_bytes
             self._fed += 1
             self._fed_bytes += part.size_bytes
-            self._pipeline.add(block, part.start, part.stop)
+            skipped = min(self._skip_rows, part.stop - part.start)
+            self._skip_rows -= skipped
+            self._pipeline.add(block, part.start + skipped, part.stop)
 
     def _progress(self, finished_rows: int) -> Progress:
-        return Progress(finished_rows, self._fed, self._pipeline.oldest_unfinished)
+        started = self.started or _NOT_STARTED
+        oldest = self._pipeline.oldest_unfinished
+        return Progress(
+            started.rows + finished_rows,
+            self._fed,
+            None if oldest is None else started.cursor + oldest,
+        )
 
     def _send(self, method: str, *args: object) -> "Future[Any]":
         return ask(self._consumer.coordinator, method, self._consumer.split, *args, self.counters())

@@ -213,7 +213,7 @@ class Slab:
             elif column is not None:
                 values = _converted(column, rows)
             else:
-                values = _converted_by_ray(Slab(_select(self.block, [name]), None), name, rows)
+                values = _converted_by_ray(self.block, name, rows)
             columns.append((name, values))
         return Run(columns, iter(()), count)
 
@@ -236,6 +236,7 @@ class Slab:
             blocks = [cut(slab.block, *rows) for slab, *rows in pieces]
             return to_batch(concat(blocks), first._format)
         batch: dict[str, Any] = dict.fromkeys(first._columns)
+        writeable = _PANDAS_IS_WRITEABLE and isinstance(first.block, pd.DataFrame)
         for name in batch:
             arrays = [
                 column[start:stop]
@@ -245,9 +246,9 @@ class Slab:
             ]
             if len(arrays) == len(pieces):
                 batch[name] = joined = np.concatenate(arrays)
-                joined.flags.writeable = all(array.flags.writeable for array in arrays)
+                joined.flags.writeable = writeable
         if rest := [name for name, values in batch.items() if values is None]:
-            blocks = [cut(_select(slab.block, rest), *rows) for slab, *rows in pieces]
+            blocks = [_select(cut(slab.block, *rows), rest) for slab, *rows in pieces]
             batch.update(BlockAccessor.for_block(concat(blocks)).to_numpy(rest))
         return batch
 
@@ -274,6 +275,9 @@ def row_lists(block: Block) -> Iterator[list[dict[str, Any]]]:
 def _rows(block: Block, start: int, stop: int) -> list[dict[str, Any]]:
     return list(BlockAccessor.for_block(cut(block, start, stop)).iter_rows(True))
 
+
+_PANDAS_IS_WRITEABLE = pd.Series([0]).to_numpy().flags.writeable
+"""Whether an array taken from pandas may be written to: before pandas 3."""
 
 _FIXED_SHAPE_TENSORS = tuple(
     kind for kind in get_arrow_extension_tensor_types() if kind is not ArrowVariableShapedTensorType
@@ -332,7 +336,10 @@ def _converted(column: pa.Array, rows: range) -> Iterator[Array]:
     return (column.slice(row, rows.step).to_numpy(zero_copy_only=False) for row in rows)
 
 
-def _converted_by_ray(slab: Slab, name: str, rows: range) -> Iterator[Any]:
+def _converted_by_ray(block: Block, name: str, rows: range) -> Iterator[Any]:
+    # Selecting columns would copy them in pandas 2.
+    alone = block[name].to_frame() if isinstance(block, pd.DataFrame) else block.select([name])
+    slab = Slab(alone, None)
     return (
         BlockAccessor.for_block(slab.batch(row, row + rows.step)).to_numpy(name) for row in rows
     )

@@ -107,6 +107,11 @@ class Guard:
         if self._execution is not None:
             self._execution.report_consumer_bytes(held_bytes)
 
+    def excuse_pause(self) -> None:
+        """Tell the executor that it is the consumers who pause."""
+        if self._execution is not None:
+            self._execution.excuse_pause()
+
     def exhausted(self) -> None:
         """Note that the executor has delivered everything and is no longer running."""
         self._ended()

@@ -39,6 +39,14 @@ class SplitOptions:
     """Bytes that may wait for one split, from coordinator to training loop. One block more than
     this is the most ever held: a block larger than the budget still gets through."""
 
+    barrier_timeout_s: float | None = 1800.0
+    """Seconds a split may be silent while others wait for it, before they get
+    `ConsumerLostError`; None to wait for ever. Longer than the longest pause between batches."""
+
+    rejoin_timeout_s: float | None = 120.0
+    """Seconds a split whose consumer has died may stay without another, while others wait for
+    it; None to wait for ever. Longer than it takes to start a worker."""
+
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     """Where the figures go."""
 
@@ -55,5 +63,15 @@ class SplitOptions:
                 f"SplitOptions.prefetch_bytes={self.prefetch_bytes} must be 1 or more; one block"
                 " is always let through, so 1 means one block at a time"
             )
+        for name in ("barrier_timeout_s", "rejoin_timeout_s"):
+            seconds = getattr(self, name)
+            if seconds is None:
+                continue
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+                raise TypeError(f"SplitOptions.{name}={seconds!r} must be a number of seconds")
+            if not seconds > 0:
+                raise ValueError(
+                    f"SplitOptions.{name}={seconds} must be above 0; None waits for ever"
+                )
         if not isinstance(self.telemetry, TelemetryConfig):
             raise TypeError(f"SplitOptions.telemetry={self.telemetry!r} must be a TelemetryConfig")

@@ -45,6 +45,11 @@ class Pump:
             self._credit = credit_bytes - sum(map(_size, self._taken))
             self._condition.notify()
 
+    @property
+    def wanting(self) -> bool:
+        """Whether the thread may take a bundle: if not, it is the consumers who pause."""
+        return self._credit > 0
+
     def stop(self) -> None:
         """Deliver nothing more; the thread ends as soon as the execution lets it go."""
         with self._condition:

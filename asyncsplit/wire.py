@@ -22,11 +22,17 @@ class Slice(NamedTuple):
 
 
 class Started(NamedTuple):
-    """The barrier has opened: read the split's log from ``cursor``, so many bytes ahead."""
+    """The barrier has opened: read the split's log."""
 
     epoch: int
     cursor: int
+    """Number of the first slice to read."""
     prefetch_bytes: int
+    """How many bytes to keep ahead."""
+    rows: int = 0
+    """Rows of the split committed by a consumer that died."""
+    skip_rows: int = 0
+    """How many of those are in the first slices."""
 
 
 class Delivery(NamedTuple):

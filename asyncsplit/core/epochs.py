@@ -42,6 +42,8 @@ class Epochs:
     phase: Phase = Phase.WAITING
     arrived: dict[int, Stream] = field(default_factory=dict)
     active: dict[int, Stream] = field(default_factory=dict)
+    dead: set[str] = field(default_factory=set)
+    """Consumers known to have died: whoever comes for their split replaces them."""
     _closed: dict[int, Stream] = field(default_factory=dict)
 
     @property
@@ -61,32 +63,67 @@ class Epochs:
             return running
         return None
 
-    def arrive(self, split: int, stream: Stream) -> None:
+    def is_closed(self, split: int, stream: Stream) -> bool:
+        """Tell whether a stream has been closed, even if its arrival never came."""
+        closed = self._closed.get(split)
+        return (
+            closed is not None
+            and closed.consumer == stream.consumer
+            and stream.number <= closed.number
+        )
+
+    def holder(self, split: int) -> Stream | None:
+        """Return the stream that reads a split or waits to read it."""
+        return self.active.get(split) or self.arrived.get(split)
+
+    def arrive(self, split: int, stream: Stream) -> bool:
         """Note that a stream waits for the next epoch; repeating the message changes nothing.
 
+        Where the split's consumer has died in the middle of an epoch, the newcomer takes its
+        place there instead of waiting.
+
+        Returns:
+            Whether the stream reads the epoch under way, in place of one that died.
+
         Raises:
-            ConsumerConflictError: If another consumer holds the split.
+            ConsumerConflictError: If another consumer holds the split, and is not known to be dead.
             StaleEpochError: If the same consumer has a later stream.
             StreamClosedError: If the stream was closed before this message came.
         """
-        closed = self._closed.get(split)
-        if closed and closed.consumer == stream.consumer and stream.number <= closed.number:
+        if self.is_closed(split, stream):
             raise StreamClosedError(
                 f"this stream over split {split} was closed while it waited for its epoch"
             )
-        holder = self.active.get(split) or self.arrived.get(split)
+        holder = self.holder(split)
         if holder and holder.consumer != stream.consumer:
-            raise ConsumerConflictError(
-                f"split {split} is already being consumed by another iterator"
-                f" (consumer {holder.consumer}): give each consumer a split of its own, or close"
-                " the other stream first"
-            )
-        if holder and holder.number > stream.number:
+            if holder.consumer not in self.dead:
+                raise ConsumerConflictError(
+                    f"split {split} is already being consumed by another iterator"
+                    f" (consumer {holder.consumer}): give each consumer a split of its own, or"
+                    " close the other stream first"
+                )
+            if split in self.active:
+                self.active[split] = stream
+                return True
+        elif holder and holder.number > stream.number:
             raise StaleEpochError(
                 f"split {split} has moved on to a later stream of this iterator; iterate that one"
             )
         if self.active.get(split) != stream:
             self.arrived[split] = stream
+        return False
+
+    def die(self, split: int, stream: Stream) -> bool:
+        """Note that a stream's consumer has died; True if that concerns the epoch or its barrier.
+
+        It no longer counts as arrived. In an epoch under way its place is kept for whoever
+        replaces it.
+        """
+        self.dead.add(stream.consumer)
+        if self.arrived.get(split) == stream:
+            del self.arrived[split]
+            return True
+        return self.active.get(split) == stream
 
     def open(self) -> int:
         """Begin to start the next epoch, with everybody who has arrived; return its number."""
@@ -108,8 +145,15 @@ class Epochs:
         """Raise unless the stream consumes this split in this epoch.
 
         Raises:
+            ConsumerConflictError: If another consumer has taken the stream's place.
             StaleEpochError: If the epoch is over for this stream.
         """
+        holder = self.active.get(split)
+        if epoch == self.epoch and holder and holder.consumer != stream.consumer:
+            raise ConsumerConflictError(
+                f"split {split} was taken over by another consumer ({holder.consumer}) when this"
+                " one was thought dead: it must not go on"
+            )
         if epoch != self.epoch or self.active.get(split) != stream:
             raise StaleEpochError(
                 f"epoch {epoch} is over for split {split}: the coordinator is at epoch"

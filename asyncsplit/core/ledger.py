@@ -6,7 +6,7 @@ and a replacement that reads from the committed position gets just what was not 
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class SplitLog:
         self.next_seq = 0
         self.left = False
         self._fed = 0
+        self._shuffled = False
         self._leases: deque[Lease] = deque()
 
     @property
@@ -98,6 +99,7 @@ class SplitLog:
                 f" but only {self.assigned_rows - self.truncated_rows} and {self.next_seq} exist"
             )
         self.committed_rows = max(self.committed_rows, rows)
+        self._shuffled = low is not None
         while self._fed < fed:
             self.waiting_bytes -= self._at(self._fed).part.size_bytes
             self._fed += 1
@@ -112,15 +114,19 @@ class SplitLog:
         self._fed = self.next_seq
         self._leases.clear()
 
-    def rewind(self) -> int:
+    def rewind(self) -> tuple[int, int]:
         """Let a new consumer begin at the first row that is not committed.
 
         Returns:
-            The number of the lease to read from; its rows before ``committed_rows`` are done.
+            The number of the lease to read from, and how many rows of it are committed. Of a
+            consumer that shuffled, none count as that: which rows they were died with it.
         """
         self._fed = self.first_seq
         self.waiting_bytes = self.leased_bytes
-        return self.first_seq
+        begin = self._leases[0].first_row if self._leases else self.assigned_rows
+        if self._shuffled:
+            self.committed_rows = begin
+        return self.first_seq, self.committed_rows - begin
 
     def _at(self, seq: int) -> Lease:
         return self._leases[seq - self.first_seq]
@@ -189,6 +195,23 @@ class Ledger:
         self.router.leave(split)
         self.leased_bytes -= self.logs[split].leased_bytes
         self.logs[split].leave()
+
+    def rewind(self, split: int) -> tuple[int, int]:
+        """Let a new consumer take a split over; see `SplitLog.rewind`."""
+        position = self.logs[split].rewind()
+        if self.logs[split].waiting:
+            self._hungry.discard(split)
+        return position
+
+    def blockers(self) -> Collection[int]:
+        """Name the splits whose full budgets keep blocks from all others."""
+        if self.finished or self.credit():
+            return ()
+        return [
+            split
+            for split in self.router.wanted_by(self._hungry)
+            if not self.logs[split].left and self.logs[split].waiting_bytes >= self._budget
+        ]
 
     def exhausted(self, split: int) -> bool:
         """Tell whether nothing will be added to the split's log any more."""

@@ -34,7 +34,6 @@ SIZES: list[tuple[int | None, bool]] = [
     (None, False),
     (1, False),
     (3, False),
-    (7, True),
     (10, True),
     (10, False),
     (256, False),
@@ -256,7 +255,17 @@ def test_rows_are_those_of_ray_data(name: str) -> None:
     assert pipeline.rows_out == pipeline.batches_out == len(ours)
 
 
-@pytest.mark.parametrize("name", sorted(set(TABLES) - {"unlike types", "pandas unlike types"}))
+NOT_TO_SHUFFLE = {
+    # What Ray makes of a value depends on the other values in a block.
+    "unlike types",
+    "pandas unlike types",
+    "pandas objects",
+    # Too many to compare.
+    "large and in chunks",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name not in NOT_TO_SHUFFLE])
 def test_shuffled_batches_have_every_row_once(name: str) -> None:
     blocks = TABLES[name]()
     wanted = Counter(map(repr, feed(RowPipeline(), blocks)))

@@ -103,7 +103,9 @@ def test_batches_of_arrow_blocks(
         assert pipeline.rows_dropped == 0
 
 
-@given(counts_of_rows, st.none() | batch_sizes, formats, st.booleans())
+@given(
+    st.lists(st.integers(0, 9), max_size=5), st.none() | st.integers(1, 9), formats, st.booleans()
+)
 def test_batches_of_pandas_blocks(
     counts: list[int], batch_size: int | None, batch_format: str | None, drop_last: bool
 ) -> None:

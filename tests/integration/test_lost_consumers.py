@@ -1,0 +1,230 @@
+"""A consumer dies, is replaced, comes back, or keeps the others waiting."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import pytest
+import ray
+from ray.data import Dataset
+
+import asyncsplit
+from asyncsplit import (
+    AsyncDataIterator,
+    ConsumerConflictError,
+    ConsumerLostError,
+    SplitOptions,
+)
+from tests.integration.consume import eventually, read, read_epoch
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
+
+
+class Reader:
+    """Consumes a split in a process of its own, one batch per call."""
+
+    def __init__(self, it: AsyncDataIterator, batch_size: int = 10) -> None:
+        self._it = it
+        self._stream = it.iter_batches(batch_size=batch_size)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def next(self) -> list[int]:
+        """Return the next batch's ids; those of the batch before are then committed."""
+        try:
+            return list(map(int, (await anext(self._stream))["id"]))
+        except StopAsyncIteration:
+            return []
+
+    async def rest(self) -> list[int]:
+        return [int(i) async for batch in self._stream for i in batch["id"]]
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    """Return a function that starts a Reader; all are killed at the end."""
+    readers = []
+
+    def start(it: AsyncDataIterator, **kwargs: Any) -> Any:
+        readers.append(ray.remote(Reader).options(num_cpus=0).remote(it, **kwargs))
+        return readers[-1]
+
+    yield start
+    for reader in readers:
+        ray.kill(reader)
+
+
+def thousand(blocks: int = 20) -> Dataset:
+    ds = ray.data.range(1000, override_num_blocks=blocks)
+    ds.context.execution_options.preserve_order = True
+    return ds
+
+
+async def committed(it: AsyncDataIterator, split: int) -> int:
+    return (await it.status()).committed_rows[split]
+
+
+@pytest.mark.parametrize("death", ["SIGKILL", "ray.kill"])
+async def test_a_replacement_goes_on_from_the_first_uncommitted_row(
+    death: str, start: Any
+) -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
+    victim, others = start(first), asyncio.create_task(read(second))
+    seen: list[list[int]] = [await victim.next.remote() for _ in range(12)]
+    rows = await committed(second, 0)
+    if death == "SIGKILL":
+        os.kill(await victim.pid.remote(), signal.SIGKILL)
+    else:
+        ray.kill(victim)
+    replacement = start(first)
+    rest = await replacement.rest.remote()
+    before = list(chain(*seen))[: 500 - len(rest)]
+    assert len(before) >= rows, "what was committed does not come again"
+    assert sorted(before + rest + await others) == list(range(1000))
+
+
+async def test_others_go_on_while_a_consumer_is_dead(start: Any) -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
+    victim, other = start(first), asyncio.create_task(read(second))
+    await victim.next.remote()
+    ray.kill(victim)
+    assert len(await other) == 500
+    assert len(await start(first).rest.remote()) == 500
+
+
+async def test_a_consumer_that_died_at_the_barrier_is_missing_again(start: Any) -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2)
+    victim = start(first)
+    waiting = victim.next.remote()
+
+    async def arrived() -> bool:
+        return (await second.status()).missing == [1]
+
+    await eventually(arrived)
+    ray.kill(victim)
+
+    async def missing() -> bool:
+        return (await second.status()).missing == [0, 1]
+
+    await eventually(missing)
+    assert sorted(chain(*await read_epoch([first, second]))) == list(range(1000))
+    del waiting
+
+
+async def test_a_consumer_that_was_replaced_is_fenced() -> None:
+    """One thought dead that comes back must not go on beside its replacement."""
+    (it,) = asyncsplit.streaming_split(thousand(), 1, options=SplitOptions(prefetch_bytes=1))
+    replacement = ray.cloudpickle.loads(ray.cloudpickle.dumps(it))
+    async with it.iter_batches(batch_size=1) as old:
+        await anext(old)
+        await it._ask("report_death", 0, old._feed._stream)  # type: ignore[union-attr]
+        ids = await read(replacement)
+        with pytest.raises(ConsumerConflictError, match="taken over by another consumer"):
+            [batch async for batch in old]
+    assert len(ids) >= 999
+
+
+async def test_a_split_missing_at_the_barrier_ends_in_an_error_that_names_it() -> None:
+    options = SplitOptions(barrier_timeout_s=2)
+    its = asyncsplit.streaming_split(thousand(), 3, options=options)
+    waiting = [asyncio.create_task(read(it)) for it in its[:2]]
+    for task in waiting:
+        with pytest.raises(
+            ConsumerLostError, match=r"epoch 0 cannot go on: split 2 has not been heard of for"
+        ) as raised:
+            await task
+        assert isinstance(raised.value, TimeoutError)
+        assert "barrier_timeout_s" in str(raised.value)
+    assert sorted(chain(*await read_epoch(its))) == list(range(1000)), "and then all come"
+
+
+async def test_a_silent_split_others_need_ends_the_epoch_for_all() -> None:
+    options = SplitOptions(barrier_timeout_s=2, prefetch_bytes=1)
+    first, second = asyncsplit.streaming_split(thousand(50), 2, options=options)
+    async with first.iter_batches(batch_size=1) as silent:
+        _, outcome = await asyncio.gather(anext(silent), read(second), return_exceptions=True)
+        assert isinstance(outcome, ConsumerLostError)
+        assert "split 0 has not been heard of" in str(outcome)
+        with pytest.raises(ConsumerLostError):
+            [batch async for batch in silent]
+    assert sorted(chain(*await read_epoch([first, second]))) == list(range(1000))
+
+
+async def test_a_slow_split_that_still_reads_is_not_lost() -> None:
+    options = SplitOptions(barrier_timeout_s=2)
+    first, second = asyncsplit.streaming_split(thousand(), 2, options=options)
+    waiting = asyncio.create_task(read_twice(first))
+    ids = []
+    async for batch in second.iter_batches(batch_size=50):
+        ids += batch["id"].tolist()
+        await asyncio.sleep(0.4)  # a training step: slow, but it comes back within the timeout
+    ids += await read(second)
+    assert sorted(ids + await waiting) == sorted([*range(1000), *range(1000)])
+
+
+async def read_twice(it: AsyncDataIterator) -> list[int]:
+    return await read(it) + await read(it)
+
+
+async def test_a_dead_consumer_nobody_replaces_ends_the_wait_early(start: Any) -> None:
+    options = SplitOptions(rejoin_timeout_s=1, prefetch_bytes=1)
+    first, second = asyncsplit.streaming_split(thousand(50), 2, options=options)
+    victim, other = start(first), asyncio.create_task(read(second))
+    await victim.next.remote()
+    ray.kill(victim)
+    with pytest.raises(ConsumerLostError, match=r"split 0 died \d+ s ago and was not replaced"):
+        await other
+    assert sorted(chain(*await read_epoch([first, second]))) == list(range(1000))
+
+
+async def test_an_epoch_all_of_whose_consumers_died_is_stopped(start: Any) -> None:
+    options = SplitOptions(rejoin_timeout_s=1, prefetch_bytes=1)
+    (it,) = asyncsplit.streaming_split(thousand(50), 1, options=options)
+    victim = start(it)
+    await victim.next.remote()
+    ray.kill(victim)
+
+    async def over() -> bool:
+        status = await it.status()
+        return status.phase == "waiting" and not status.executing and not status.held_bytes
+
+    await eventually(over)
+
+
+async def test_a_retried_task_goes_on() -> None:
+    def train(it: AsyncDataIterator, marker: str) -> list[int]:
+        ids: list[int] = []
+        for batch in it.iter_batches(batch_size=10):
+            ids += map(int, batch["id"])
+            if len(ids) >= 200 and not os.path.exists(marker):
+                open(marker, "w").close()
+                os._exit(1)
+        return ids
+
+    (it,) = asyncsplit.streaming_split(thousand(), 1)
+    marker = f"/tmp/asyncsplit-retried-{os.getpid()}"  # noqa: S108
+    try:
+        ids = await ray.remote(train).options(num_cpus=0, max_retries=1).remote(it, marker)
+    finally:
+        os.unlink(marker)
+    assert ids == list(range(ids[0], 1000))
+    assert ids[0] <= 200
+
+
+async def test_the_no_progress_guard_leaves_a_pause_of_the_consumers_alone() -> None:
+    ds = ray.data.range(4000, override_num_blocks=400).map_batches(lambda batch: batch)
+    ds.context.execution_no_progress_timeout_s = 2
+    ds.context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=10_000
+    )
+    (it,) = asyncsplit.streaming_split(ds, 1, options=SplitOptions(prefetch_bytes=1))
+    async with it.iter_batches(batch_size=10) as stream:
+        ids = (await anext(stream))["id"].tolist()
+        await asyncio.sleep(6)  # the pause itself: a validation run
+        async for batch in stream:
+            ids += batch["id"].tolist()
+    assert sorted(ids) == list(range(4000))
