@@ -7,17 +7,15 @@ blocks on another (`asyncsplit.pump`).
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 from ray import ObjectRef
 from ray.data import DataContext, Dataset, Schema
-from ray.exceptions import RayError
 
 from asyncsplit import engine
 from asyncsplit.core.epochs import Epochs, Phase, Stream
@@ -26,41 +24,21 @@ from asyncsplit.core.liveness import Liveness, listing
 from asyncsplit.core.routing import Part, make_router
 from asyncsplit.errors import ConsumerConflictError, ConsumerLostError, StreamClosedError
 from asyncsplit.guard import DuringExecution, Guard
+from asyncsplit.lifeline import Lifelines
 from asyncsplit.options import SplitOptions
 from asyncsplit.pump import Pump
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 from asyncsplit.telemetry.summary import summary
-from asyncsplit.wire import Delivery, Failure, Progress, Slice, Started, Status
+from asyncsplit.wire import Delivery, Failure, Progress, Slice, Started, Status, replies
 
 logger = logging.getLogger(__name__)
-
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
 
 TICK_S = 1.0
 """How often waits are looked after."""
 
-VERDICT_S = 3.0
-"""How long news of a consumer's death may take; measured: within 2 s."""
-
 MAX_SLICES = 256
 """Slices in one reply. More would hold the loop, at 50 microseconds each, too long."""
-
-
-def _replies(
-    method: Callable[Concatenate["SplitCoordinator", _P], Awaitable[_R]],
-) -> Callable[Concatenate["SplitCoordinator", _P], Awaitable[_R | Failure]]:
-    @functools.wraps(method)
-    async def reply(
-        self: "SplitCoordinator", /, *args: _P.args, **kwargs: _P.kwargs
-    ) -> _R | Failure:
-        try:
-            return await method(self, *args, **kwargs)
-        except Exception as error:  # errors travel as values, see asyncsplit.wire
-            return Failure.of(error)
-
-    return reply
 
 
 def _reject(opening: "asyncio.Future[Started]", error: BaseException) -> None:
@@ -102,16 +80,16 @@ class SplitCoordinator:
         self._pulls: dict[int, asyncio.Future[None]] = {}
         self._failed: tuple[int, Failure] | None = None
         self._liveness = Liveness(options.barrier_timeout_s, options.rejoin_timeout_s)
-        self._holds: dict[Stream, asyncio.Future[None]] = {}
-        self._deaths: dict[str, asyncio.Event] = {}
+        self._lifelines = Lifelines()
         self._arrived_at: dict[int, float] = {}
         self._pulled_at: dict[int, float] = {}
         self._ticking = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping: asyncio.Task[None] | None = None
         self._shut = False
         self._endpoint = Endpoint.serve(self._state, options.telemetry)
 
-    @_replies
+    @replies
     async def start_epoch(
         self,
         split: int,
@@ -141,7 +119,8 @@ class SplitCoordinator:
         now = self._tick()
         self._liveness.hear(split, now)
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
-        self._watch(split, stream, lifeline[0])
+        died = functools.partial(self._bury, split, stream)
+        self._spawn(self._lifelines.watch(stream, lifeline[0], died))
         if takes_over and self._epochs.phase is Phase.RUNNING:
             return self._take_over(split)
         if split not in self._openings or self._openings[split].done():
@@ -151,20 +130,21 @@ class SplitCoordinator:
         self._open_if_ready()
         return await asyncio.shield(opening)
 
-    @_replies
+    @replies
     async def hold(self, split: int, stream: Stream) -> None:
-        """Return when the stream is closed: until then its owner's death shows, see `_watch`."""
+        """Return when the stream is closed: until then its owner's death shows."""
         stream = Stream(*stream)
         if not self._epochs.is_closed(split, stream):
-            released = self._holds[stream] = asyncio.get_running_loop().create_future()
-            await released
+            await self._lifelines.hold(stream)
 
-    @_replies
+    @replies
     async def report_death(self, split: int, stream: Stream) -> None:
         """Note that a consumer is dead, for those who know it sooner than Ray does."""
-        self._bury(split, Stream(*stream))
+        stream = Stream(*stream)
+        self._bury(split, stream)
+        self._lifelines.bury(stream)
 
-    @_replies
+    @replies
     async def pull(
         self,
         split: int,
@@ -198,7 +178,7 @@ class SplitCoordinator:
         end = cursor + len(slices) == log.next_seq and self._ledger.exhausted(split)
         return Delivery(cursor, slices, end)
 
-    @_replies
+    @replies
     async def acknowledge(
         self,
         split: int,
@@ -210,7 +190,7 @@ class SplitCoordinator:
         """Acknowledge progress between pulls, so that long blocks are committed as they go."""
         self._acknowledge(split, epoch, Stream(*stream), progress, counters)
 
-    @_replies
+    @replies
     async def notify_split_finished(
         self, split: int, stream: Stream, progress: Progress, counters: ConsumerCounters
     ) -> None:
@@ -220,28 +200,31 @@ class SplitCoordinator:
         if self._epochs.active.get(split) == stream and self._epochs.phase is Phase.RUNNING:
             self._ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
         self._leave(split, stream)
+        if self._stopping is not None:
+            # Who leaves early, and last, goes on when nothing is produced any more.
+            await asyncio.shield(self._stopping)
 
-    @_replies
+    @replies
     async def get_dataset_schema(self, during_execution: DuringExecution) -> Schema | None:
         """Return the dataset's schema; see `Guard.schema`."""
         return await self._guard.schema(during_execution)
 
-    @_replies
+    @replies
     async def get_dataset_context(self) -> DataContext:
         """Return the dataset's own context."""
         return self._context
 
-    @_replies
+    @replies
     async def get_dataset_tag(self, split: int) -> dict[str, str]:
         """Name dataset and split, as upstream's iterator metrics do."""
         return {"dataset": self._state.dataset, "split_index": str(split)}
 
-    @_replies
+    @replies
     async def stats(self) -> str:
         """Return Ray Data's statistics of the last execution and the coordinator's own."""
         return f"{await self._guard.stats()}\n{summary(self._state)}"
 
-    @_replies
+    @replies
     async def status(self) -> Status:
         """Return what the coordinator is doing; answers also while everything else waits."""
         return Status(
@@ -255,12 +238,12 @@ class SplitCoordinator:
             schema_requests=dict(self._state.schema_requests),
         )
 
-    @_replies
+    @replies
     async def metrics_url(self) -> str | None:
         """Return where ``/metrics`` is served, or None if it is not."""
         return self._endpoint.url if self._endpoint is not None else None
 
-    @_replies
+    @replies
     async def shutdown_executor(self) -> None:
         """Stop executing: whoever waits gets `StreamClosedError`, and no epoch starts any more."""
         self._shut = True
@@ -371,41 +354,23 @@ class SplitCoordinator:
         A replacement may be quicker than that; an intruder is not made faster by a wait.
         """
         holder = self._epochs.holder(split)
-        if holder is None or holder.consumer in {stream.consumer, *self._epochs.dead}:
-            return
-        death = self._deaths.setdefault(holder.consumer, asyncio.Event())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(VERDICT_S):
-                await death.wait()
-
-    def _watch(self, split: int, stream: Stream, lifeline: "ObjectRef[Any]") -> None:
-        """Learn of the death of the process that a stream is in, as the owner of its lifeline."""
-
-        async def watch() -> None:
-            try:
-                await lifeline
-            except RayError:
-                self._bury(split, stream)
-
-        self._spawn(watch())
+        if holder and holder.consumer not in {stream.consumer, *self._epochs.dead}:
+            await self._lifelines.verdict(holder.consumer)
 
     def _bury(self, split: int, stream: Stream) -> None:
+        """Keep a dead consumer's place in the epoch for whoever replaces it."""
         if self._epochs.is_closed(split, stream):
             return
-        waited = self._epochs.arrived.get(split) == stream
+        if self._epochs.arrived.get(split) == stream:
+            _reject(self._openings[split], StreamClosedError("the stream's consumer died"))
         if self._epochs.die(split, stream):
-            now = self._tick()
-            self._liveness.mourn(split, now)
+            self._liveness.mourn(split, self._tick())
             logger.warning(
                 "the consumer of split %d died in epoch %d; another one that iterates the split"
                 " goes on from its first uncommitted row",
                 split,
                 self._epochs.epoch,
             )
-        if waited:
-            _reject(self._openings[split], StreamClosedError("the stream's consumer died"))
-        self._deaths.setdefault(stream.consumer, asyncio.Event()).set()
-        self._release(stream)
 
     def _take_over(self, split: int) -> Started:
         """Let a new consumer go on where one died."""
@@ -413,11 +378,6 @@ class SplitCoordinator:
         rows = self._ledger.logs[split].committed_rows
         self._settle()
         return Started(self._epochs.epoch, cursor, self._prefetch_bytes, rows, skip_rows)
-
-    def _release(self, stream: Stream) -> None:
-        released = self._holds.pop(stream, None)
-        if released is not None and not released.done():
-            released.set_result(None)
 
     def _tick(self) -> float:
         """Return the time, and see to it that waits are looked after once a second."""
@@ -467,13 +427,13 @@ class SplitCoordinator:
         )
         for split, stream in tuple(self._epochs.arrived.items()):
             self._epochs.leave(split, stream)
-            self._release(stream)
+            self._lifelines.release(stream)
             _reject(self._openings[split], error)
         self._fail(Failure.of(error))
 
     def _leave(self, split: int, stream: Stream) -> None:
         """Let a stream go, and end the epoch when it was the last."""
-        self._release(stream)
+        self._lifelines.release(stream)
         opening = self._openings.get(split)
         waited = self._epochs.arrived.get(split) == stream
         running = self._epochs.leave(split, stream)
@@ -502,7 +462,7 @@ class SplitCoordinator:
         self._state.epochs[outcome] += 1
         self._state.truncated_rows += self._ledger.truncated_rows
         for split, stream in self._epochs.active.items():
-            self._release(stream)
+            self._lifelines.release(stream)
             self._liveness.forget(split)
         self._epochs.over()
         self._ledger = self._new_ledger()
@@ -511,13 +471,15 @@ class SplitCoordinator:
             self._pump = None
         for split in tuple(self._pulls):
             self._wake(split)
-        self._spawn(self._guard.stop())
+        stopping = self._spawn(self._guard.stop())
+        self._stopping = None if outcome == "completed" else stopping
         self._open_if_ready()
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _new_ledger(self) -> Ledger:
         router = make_router(

@@ -5,6 +5,7 @@ Ray's ``OutputSplitter``: the plain dataset runs, and asyncsplit decides who get
 """
 
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -166,7 +167,9 @@ def no_progress_timeout(ds: Dataset) -> float | None:
 
 
 def use_context(context: DataContext) -> None:
-    """Make `context` the current one of this process."""
+    """Make `context` the current one of this process, which is the coordinator's."""
+    # Ray Data's executor blocks in threads of its own; Ray cannot tell and would warn of it.
+    os.environ.setdefault("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "0")
     DataContext._set_current(context)
 
 

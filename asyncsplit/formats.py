@@ -86,7 +86,7 @@ def cut(block: Block, start: int, stop: int) -> Block:
         return block
     if isinstance(block, pa.Table):
         return block.slice(start, stop - start)
-    return _renumbered(block[start:stop])
+    return _renumbered(block.iloc[start:stop])
 
 
 def take(block: Block, rows: Array) -> Block:
@@ -102,6 +102,15 @@ def _renumbered(frame: Any) -> Block:
     return cast("Block", frame)
 
 
+def are_alike(blocks: Sequence[Block]) -> bool:
+    """Tell whether all blocks are Arrow tables with the same columns."""
+    first: Any = blocks[0]
+    return all(
+        isinstance(block, pa.Table) and (block is first or block.schema.equals(first.schema))
+        for block in blocks
+    )
+
+
 def concat(blocks: Sequence[Block]) -> Block:
     """Return one block with the rows of all.
 
@@ -109,8 +118,7 @@ def concat(blocks: Sequence[Block]) -> Block:
     """
     if len({type(block) for block in blocks}) > 1:
         blocks = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
-    first: Any = blocks[0]
-    if isinstance(first, pa.Table) and all(first.schema.equals(block.schema) for block in blocks):
+    if are_alike(blocks):
         return pa.concat_tables(blocks)
     return cast("Block", engine.concat_blocks(blocks))
 
@@ -218,13 +226,9 @@ class Slab:
         return Run(columns, iter(()), count)
 
     def _is_like(self, other: "Slab") -> bool:
-        if isinstance(self.block, pa.Table):
-            return isinstance(other.block, pa.Table) and self.block.schema.equals(
-                other.block.schema
-            )
-        return isinstance(other.block, pd.DataFrame) and self.block.dtypes.equals(
-            other.block.dtypes
-        )
+        if isinstance(self.block, pd.DataFrame) and isinstance(other.block, pd.DataFrame):
+            return self.block.dtypes.equals(other.block.dtypes)
+        return are_alike([self.block, other.block])
 
     @staticmethod
     def join(pieces: "Sequence[tuple[Slab, int, int]]") -> DataBatch:

@@ -21,6 +21,7 @@ from asyncsplit.formats import (
     Array,
     Run,
     Slab,
+    are_alike,
     as_block,
     concat,
     cut,
@@ -426,12 +427,9 @@ def _settled(group: list[_Part]) -> _Part:
 
 def _gather(parts: list[_Part]) -> Block:
     """Return one block of the rows of all parts, Arrow columns in one chunk each."""
-    schema = getattr(parts[0].source.block, "schema", None)
-    if schema is None or not all(
-        isinstance(part.source.block, pa.Table) and part.source.block.schema.equals(schema)
-        for part in parts
-    ):
+    if not are_alike([part.source.block for part in parts]):
         return defragment(concat([part.taken() for part in parts]))
+    schema = parts[0].source.block.schema
     columns: dict[int, pa.Array | pa.ChunkedArray] = dict.fromkeys(range(len(schema)))
     for index in columns:
         values = [bits for part in parts if (bits := part.values(index)) is not None]

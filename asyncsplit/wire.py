@@ -5,11 +5,16 @@ losing or reordering one does no harm. Errors travel as values: Ray would wrap a
 leaves an actor method, and the user should see the exception itself.
 """
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ray import ObjectRef
 
 from asyncsplit.engine import pack_error, unpack_error
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Slice(NamedTuple):
@@ -90,3 +95,16 @@ class Failure(NamedTuple):
     def unpack(self) -> BaseException:
         """Return the error, the remote traceback as its cause."""
         return unpack_error(self.packed)
+
+
+def replies(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R | Failure]]:
+    """Make a coordinator's method return its errors instead of raising them."""
+
+    @functools.wraps(method)
+    async def reply(*args: P.args, **kwargs: P.kwargs) -> R | Failure:
+        try:
+            return await method(*args, **kwargs)
+        except Exception as error:
+            return Failure.of(error)
+
+    return reply

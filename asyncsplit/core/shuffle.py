@@ -19,6 +19,7 @@ DRAW_ROWS = 8192
 """How many rows are drawn at once, for speed. Another number gives another order."""
 
 _SCAN_RATIO = 8
+"""How many times as many rows as drawn are looked at one by one. It, too, decides the order."""
 
 
 class ShufflePlan:

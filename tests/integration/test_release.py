@@ -2,8 +2,11 @@
 
 import asyncio
 import gc
+import signal
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -12,7 +15,12 @@ from ray.actor import ActorHandle
 from ray.data import Dataset
 
 import asyncsplit
-from asyncsplit import AsyncDataIterator, SplitOptions, StreamClosedError
+from asyncsplit import (
+    AsyncDataIterator,
+    CoordinatorLostError,
+    SplitOptions,
+    StreamClosedError,
+)
 from tests.integration.consume import eventually, read, read_epoch, stopped
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
@@ -180,3 +188,74 @@ async def test_shutdown_ends_open_streams_with_an_error() -> None:
                 pass
     with pytest.raises(StreamClosedError, match="create a new one"):
         await read(second)
+
+
+async def unreachable(url: str) -> bool:
+    parts = urlsplit(url)
+    try:
+        _, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    except OSError:
+        return True
+    writer.close()
+    return False
+
+
+@pytest.mark.parametrize("reading", [False, True])
+async def test_the_coordinator_ends_with_the_last_iterator(reading: bool) -> None:
+    ds = ray.data.range(1000, override_num_blocks=50)
+    its = asyncsplit.streaming_split(ds, 2, options=SplitOptions(prefetch_bytes=1))
+    url = await its[0].metrics_url()
+    assert url is not None
+    if reading:
+        await asyncio.gather(*(leave_by_dropping(it) for it in its))
+    del its
+    gc.collect()
+    await eventually(lambda: unreachable(url))
+
+
+async def test_killing_the_coordinator_is_an_error_that_says_so() -> None:
+    ds = ray.data.range(100_000, override_num_blocks=100)
+    (it,) = asyncsplit.streaming_split(ds, 1, options=SplitOptions(prefetch_bytes=1))
+    async with it.iter_batches() as stream:
+        await anext(stream)
+        ray.kill(it._consumer.coordinator)
+        with pytest.raises(CoordinatorLostError, match="Create a new split"):
+            async for _ in stream:
+                pass
+    with pytest.raises(CoordinatorLostError):
+        await it.schema()
+
+
+@pytest.mark.parametrize("end", ["return", "SIGINT"])
+async def test_nothing_is_left_when_the_driver_ends(end: str) -> None:
+    script = """
+import asyncio, sys, ray, asyncsplit
+ray.init(address=sys.argv[1], log_to_driver=False)
+async def main():
+    its = asyncsplit.streaming_split(ray.data.range(10_000, override_num_blocks=100), 2)
+    streams = [it.iter_batches(batch_size=1) for it in its]
+    await asyncio.gather(*(anext(stream) for stream in streams))
+    print(await its[0].metrics_url(), flush=True)
+    if sys.argv[2] == "SIGINT":
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+    address = ray.get_runtime_context().gcs_address
+    driver = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        script,
+        address,
+        end,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert driver.stdout is not None
+    url = (await driver.stdout.readline()).decode().strip()
+    assert url.startswith("http://"), (await driver.communicate())[1].decode()
+    if end == "SIGINT":
+        driver.send_signal(signal.SIGINT)
+    _, err = await driver.communicate()
+    assert b"never retrieved" not in err
+    assert b"was destroyed" not in err
+    await eventually(lambda: unreachable(url))

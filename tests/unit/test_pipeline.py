@@ -384,6 +384,18 @@ def test_unlike_blocks_are_shuffled_together(
     np.testing.assert_array_equal([values[row] for row in range(340)], expect)
 
 
+def test_names_of_columns_mean_nothing() -> None:
+    blocks = [pd.DataFrame({"id": range(9), "schema": "a", "columns": 1, "index": 2})] * 3
+    for shuffle in (None, 10):
+        pipeline = Pipeline(batch_size=5, batch_format="numpy", shuffle_buffer_size=shuffle)
+        assert sorted(ids(list(feed(pipeline, blocks)))) == sorted([*range(9)] * 3)
+
+
+def test_positions_are_not_labels() -> None:
+    blocks = [pd.DataFrame({"id": range(4)}, index=[0.0, 0.5, 1.0, 7.0])]
+    assert ids(list(feed(Pipeline(batch_size=2, batch_format="numpy"), blocks))) == [0, 1, 2, 3]
+
+
 def test_a_seed_is_drawn_if_none_is_given() -> None:
     def shuffled(seed: int | None) -> tuple[int | None, list[int]]:
         pipeline = Pipeline(

@@ -1,0 +1,1 @@
+"""Benchmarks against Ray's own iterator: ``python -m benchmarks [--quick] [names...]``."""
