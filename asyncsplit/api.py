@@ -39,7 +39,8 @@ def streaming_split(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument's value is not allowed.
-        RuntimeError: If Ray is not running, or is a release asyncsplit does not support.
+        RuntimeError: If Ray is not running, has no CPU to execute the dataset on, or is a release
+            asyncsplit does not support.
     """
     engine.check_ray_version()
     if not isinstance(ds, Dataset):
@@ -57,11 +58,7 @@ def streaming_split(
             " rows. Use routing='rows', or equal=False"
         )
     hints = _check_hints(locality_hints, n)
-    if not ray.is_initialized():
-        raise RuntimeError(
-            "Ray is not running: the dataset belongs to a cluster that was shut down, or was"
-            " created elsewhere. Call ray.init() and create the dataset again"
-        )
+    _check_cluster()
     coordinator: Coordinator = (
         ray.remote(SplitCoordinator)
         .options(
@@ -87,6 +84,20 @@ def iter_batches(
     """
     (iterator,) = streaming_split(ds, 1, options=options)
     return iterator.iter_batches(**kwargs)
+
+
+def _check_cluster() -> None:
+    if not ray.is_initialized():
+        raise RuntimeError(
+            "Ray is not running: the dataset belongs to a cluster that was shut down, or was"
+            " created elsewhere. Call ray.init() and create the dataset again"
+        )
+    # Asks the cluster's head, which takes about a millisecond: no wait for anybody else.
+    if not ray.cluster_resources().get("CPU"):
+        raise RuntimeError(
+            "the Ray cluster has no CPUs, so the dataset cannot be executed: start Ray with"
+            " num_cpus=1 or more, or add a node"
+        )
 
 
 def _check_hints(hints: Sequence[str] | None, n: int) -> list[str] | None:

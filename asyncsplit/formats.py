@@ -227,7 +227,7 @@ class Slab:
 
     def _is_like(self, other: "Slab") -> bool:
         if isinstance(self.block, pd.DataFrame) and isinstance(other.block, pd.DataFrame):
-            return self.block.dtypes.equals(other.block.dtypes)
+            return bool(self.block.dtypes.equals(other.block.dtypes))
         return are_alike([self.block, other.block])
 
     @staticmethod

@@ -1,5 +1,7 @@
 """Bad arguments of streaming_split, which need a dataset to be looked at."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -38,8 +40,25 @@ def test_streaming_split(
         asyncsplit.streaming_split(ray.data.range(10), n, **arguments)
 
 
-def test_creating_a_split_takes_no_round_trip() -> None:
-    """It is called from other actors' event loops: nothing may be waited for."""
-    (it,) = asyncsplit.streaming_split(ray.data.range(10), 1)
-    assert it.world_size() == 1
-    assert it.split_index == 0
+def test_without_a_cluster_or_without_cpus_the_error_says_what_to_do() -> None:
+    script = """
+import ray, asyncsplit
+ray.init(num_cpus=0, include_dashboard=False, log_to_driver=False)
+ds = ray.data.range(10)
+try:
+    list(asyncsplit.iter_batches(ds))
+except RuntimeError as error:
+    print(error)
+ray.shutdown()
+try:
+    asyncsplit.streaming_split(ds, 2)
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=True
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith("the Ray cluster has no CPUs")
+    assert "num_cpus=1" in first
+    assert second.startswith("Ray is not running")

@@ -1,0 +1,482 @@
+"""The workloads, in order of importance; each returns its figures."""
+
+import heapq
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+import ray
+from ray import cloudpickle
+from ray.data import Dataset
+
+import asyncsplit
+from asyncsplit import SplitOptions, TelemetryConfig
+from benchmarks.harness import (
+    ARRIVE_S,
+    OURS,
+    RAY,
+    Bench,
+    Figure,
+    Round,
+    Rounds,
+    Target,
+    arrivals,
+    close,
+    cost,
+    split,
+    table_blocks,
+    values,
+)
+from benchmarks.worker import Job, Ticks, percentiles
+
+BY_HAND = "by hand"
+EXECUTOR = "executor alone"
+
+
+def batches(bench: Bench) -> list[Figure]:
+    """Small numpy batches of a dataset in memory, two consumers."""
+    ds = table_blocks(16, 125_000, 4)
+    loops = _by_hand(bench, ds, 2, 256)
+    kwargs = {"batch_size": 256, "batch_format": "numpy"}
+    rounds = bench.compare(
+        ds, 2, kwargs, others={BY_HAND: loops}, trace=True, rounds=bench.pick(15, 5)
+    )
+    setting = "2 M rows of 4 float64 in 16 blocks, numpy batches of 256 rows, 2 consumers"
+    gaps = {
+        side: percentiles(
+            [1e6 * gap for turn in rounds[f"{side} traced"] for x in turn.loops for gap in x.gaps]
+        )
+        for side in (OURS, RAY)
+    }
+    epochs = values(rounds, lambda turn: turn.epoch_ms)
+    del epochs[BY_HAND]
+    return [
+        Figure(
+            "batch",
+            f"{setting}: time from the first batch to the end, divided by batches",
+            "us",
+            "same work",
+            values(rounds, lambda turn: turn.per_batch_us),
+            [Target(RAY, OURS, at_least=40), Target(OURS, BY_HAND, at_most=2.5)],
+            details={"gaps_between_batches_us": gaps, "cost": cost(rounds)},
+        ),
+        Figure(
+            "epoch",
+            f"{setting}: the whole epoch, its start included",
+            "ms",
+            "same work",
+            epochs,
+            [Target(RAY, OURS, at_least=15)],
+        ),
+    ]
+
+
+def formats(bench: Bench) -> list[Figure]:
+    """Other formats, batch sizes, and `for` in place of `async for`."""
+    figures = []
+    for name, batch_format, size, rows, drive in (
+        ("pandas", "pandas", 256, 400_000, "async for"),
+        ("pyarrow", "pyarrow", 256, 800_000, "async for"),
+        ("batch-size-1", "numpy", 1, 32_000, "async for"),
+        ("batch-size-32", "numpy", 32, 512_000, "async for"),
+        ("batch-size-4096", "numpy", 4096, 8_000_000, "async for"),
+        ("for", "numpy", 256, 2_000_000, "for"),
+    ):
+        blocks = 16
+        if bench.quick:
+            rows //= 4
+        ds = table_blocks(blocks, rows // blocks, 4)
+        kwargs = {"batch_size": size, "batch_format": batch_format}
+        rounds = bench.compare(ds, 2, kwargs, drive=drive)  # type: ignore[arg-type]
+        figures.append(
+            Figure(
+                name,
+                f"{rows} rows of 4 float64 in 16 blocks, {batch_format} batches of {size} rows,"
+                f" 2 consumers, `{drive}`: time from the first batch to the end, divided by batches",
+                "us",
+                "same work",
+                values(rounds, lambda turn: turn.per_batch_us),
+                [Target(RAY, OURS, at_least=3)],
+                details={
+                    "epoch_ms": values(rounds, lambda turn: turn.epoch_ms),
+                    "cost": cost(rounds),
+                },
+            )
+        )
+    return figures
+
+
+def blocks(bench: Bench) -> list[Figure]:
+    """Many small blocks, handed out whole, one consumer."""
+    number = bench.pick(2_000, 1_000)
+    ds = table_blocks(number, 100, 4)
+    rounds = bench.compare(
+        ds,
+        1,
+        {"batch_size": None, "batch_format": "numpy"},
+        others={EXECUTOR: _executor_alone(bench, ds)},
+    )
+    return [
+        Figure(
+            "blocks",
+            f"{number} blocks of 100 rows of 4 float64, whole blocks, 1 consumer: the whole epoch",
+            "ms",
+            "same work",
+            values(rounds, lambda turn: turn.epoch_ms),
+            [Target(RAY, OURS, at_least=10), Target(OURS, EXECUTOR, at_most=1.5)],
+            details={"cost": cost(rounds)},
+        )
+    ]
+
+
+def turnaround(bench: Bench) -> list[Figure]:
+    """From the last consumer's arrival to the moment when all have their first batch."""
+    return [_turnaround(bench, n) for n in (2, 8)]
+
+
+def _turnaround(bench: Bench, n: int) -> Figure:
+    epochs = bench.pick(6, 4)
+    ds = table_blocks(4 * n, 256, 4)
+    splits = split(ds, n)
+    job = Job({"batch_size": 256, "batch_format": "numpy"})
+    starts = arrivals(n, epochs, spacing_s=0.8, jitter_s=0.2)
+
+    def run(side: str) -> Round:
+        return bench.consume(side, splits[side], job, arrivals=starts)
+
+    rounds = bench.take_turns(
+        {side: lambda side=side: run(side) for side in splits},  # type: ignore[misc]
+        bench.pick(3, 1),
+        rows=len(starts[0]) * 4 * n * 256,
+    )
+    close(splits)
+    raw = {
+        side: [wait for turn in turns for wait in _waits(turn, epochs)]
+        for side, turns in rounds.items()
+    }
+    return Figure(
+        f"turnaround-{n}",
+        f"{n} consumers, {4 * n} blocks, arriving at the same random times within 0.2 s: from the"
+        " last arrival until all consumers have their first batch; epochs after the first",
+        "ms",
+        "same work",
+        raw,
+        [Target(RAY, OURS, at_least=4)],
+    )
+
+
+def _waits(turn: Round, epochs: int) -> list[float]:
+    waits = []
+    for epoch in range(1, epochs):
+        loops = [report.loops[epoch] for report in turn.reports]
+        last_arrival = max(loop.start for loop in loops)
+        waits.append(1e3 * (max(loop.first for loop in loops if loop.batches) - last_arrival))
+    return waits
+
+
+def sizes(bench: Bench) -> list[Figure]:
+    """How many bytes it takes to send an iterator to a worker."""
+    raw: dict[str, list[float]] = {OURS: [], RAY: [], "dataset": []}
+    numbers = (10, 1_000, bench.pick(20_000, 5_000))
+    for number in numbers:
+        ds = table_blocks(number, 1, 4)
+        splits = split(ds, 1)
+        for side, (it,) in splits.items():
+            raw[side].append(float(len(cloudpickle.dumps(it))))
+        raw["dataset"].append(float(len(cloudpickle.dumps(ds))))
+        close(splits)
+    return [
+        Figure(
+            "size",
+            f"the pickled iterator, for datasets of {', '.join(map(str, numbers))} blocks, beside"
+            " the pickled dataset; not timed: one value per dataset",
+            "bytes",
+            "same work",
+            raw,
+            limits={OURS: 4096.0},
+            details={"constant": len(set(raw[OURS])) == 1},
+        )
+    ]
+
+
+def shuffle(bench: Bench) -> list[Figure]:
+    """A local shuffle buffer."""
+    rows = bench.pick(1_000_000, 400_000)
+    ds = table_blocks(16, rows // 16, 4)
+    kwargs = {
+        "batch_size": 256,
+        "batch_format": "numpy",
+        "local_shuffle_buffer_size": 10_000,
+        "local_shuffle_seed": 1,
+    }
+    rounds = bench.compare(ds, 2, kwargs)
+    return [
+        Figure(
+            "shuffle",
+            f"{rows} rows of 4 float64 in 16 blocks, numpy batches of 256 rows out of a shuffle"
+            " buffer of 10,000 rows, 2 consumers: the whole epoch",
+            "ms",
+            "same work",
+            values(rounds, lambda turn: turn.epoch_ms),
+            [Target(RAY, OURS, at_least=5)],
+            details={
+                "per_batch_us": values(rounds, lambda turn: turn.per_batch_us),
+                "cost": cost(rounds),
+            },
+        )
+    ]
+
+
+def wide(bench: Bench) -> list[Figure]:
+    """A thousand columns in many small blocks."""
+    number = bench.pick(1_000, 200)
+    ds = table_blocks(number, 10, 1_000)
+    rounds = bench.compare(
+        ds,
+        1,
+        {"batch_size": None, "batch_format": "numpy"},
+        rounds=bench.pick(5, 3),
+    )
+    return [
+        Figure(
+            "wide",
+            f"{number} blocks of 10 rows of 1,000 float64, whole blocks as numpy, 1 consumer:"
+            " the whole epoch",
+            "ms",
+            "same work",
+            values(rounds, lambda turn: turn.epoch_ms),
+            [Target(RAY, OURS, at_least=5)],
+            details={"cost": cost(rounds)},
+        )
+    ]
+
+
+def straggler(bench: Bench) -> list[Figure]:
+    """Four consumers, one of them ten times slower."""
+    number, fast_s, slow_s = bench.pick(240, 120), 0.005, 0.05
+    ds = table_blocks(number, 256, 4)
+    ideal = 1e3 * _ideal_s(number, [fast_s] * 3 + [slow_s])
+    iterators: dict[str, Sequence[Any]] = {
+        **split(ds, 4),
+        "asyncsplit, on demand": asyncsplit.streaming_split(
+            ds, 4, options=SplitOptions(routing="demand")
+        ),
+    }
+    kwargs = {"batch_size": 256, "batch_format": "numpy"}
+
+    def run(side: str) -> Round:
+        start = [perf_counter() + ARRIVE_S]
+        reports = [
+            worker.iterate.remote(
+                side.split(",")[0], [it], start, Job(kwargs, pause_s=fast_s if i else slow_s)
+            )
+            for i, (worker, it) in enumerate(zip(bench.workers(4), iterators[side], strict=True))
+        ]
+        return Round(ray.get(reports))
+
+    turns: dict[str, Callable[[], Round]] = {
+        side: lambda side=side: run(side)  # type: ignore[misc]
+        for side in iterators
+    }
+    bench.take_turns(turns, 1, rows=number * 256)
+    rounds = bench.take_turns(turns, bench.pick(5, 3), rows=number * 256)
+    raw = values(rounds, lambda turn: turn.epoch_ms)
+    raw["ideal schedule"] = [ideal] * len(raw[RAY])
+    close(iterators)
+    return [
+        Figure(
+            "straggler",
+            f"{number} blocks of one batch each, 4 consumers, three sleeping 5 ms and one 50 ms"
+            " after each batch, equal=False: the whole epoch",
+            "ms",
+            "only one side has it",
+            raw,
+            [
+                Target("asyncsplit, on demand", "ideal schedule", at_most=1.5),
+                Target(RAY, "asyncsplit, on demand"),
+                Target(RAY, OURS),
+            ],
+            details={
+                "batches_of_the_slow_consumer": {
+                    side: [turn.reports[0].loops[0].batches for turn in turns]
+                    for side, turns in rounds.items()
+                }
+            },
+        )
+    ]
+
+
+def _ideal_s(number: int, pauses: Sequence[float]) -> float:
+    """Return when the last of so many batches is done if each goes to whoever is done first."""
+    free = [(pause, pause) for pause in pauses]
+    done = 0.0
+    for _ in range(number):
+        at, pause = heapq.heappop(free)
+        done = max(done, at)
+        heapq.heappush(free, (at + pause, pause))
+    return done
+
+
+def loop(bench: Bench) -> list[Figure]:
+    """How late other tasks are woken in the event loop that iterates."""
+    settings = {
+        "batches": (
+            table_blocks(16, 125_000, 4),
+            {"batch_size": 256, "batch_format": "numpy"},
+            bench.pick(20, 8),
+        ),
+        "blocks": (
+            table_blocks(2_000, 100, 4),
+            {"batch_size": None, "batch_format": "numpy"},
+            bench.pick(4, 2),
+        ),
+    }
+    return [_loop(bench, name, *setting) for name, setting in settings.items()]
+
+
+def _loop(bench: Bench, name: str, ds: Dataset, kwargs: dict[str, Any], epochs: int) -> Figure:
+    splits = split(ds, 1)
+    (worker,) = bench.workers(1)
+    # Ray's way through a thread takes so long per batch that one epoch has to do.
+    ways = {
+        OURS: ("async for", OURS, epochs),
+        RAY: ("for, and sleep(0) after each batch", RAY, 1),
+        "ray, to_thread(next)": ("to_thread(next)", RAY, 1),
+        "ticker alone": ("ticker alone", OURS, 1),
+    }
+    ticks: dict[str, list[Ticks]] = {side: [] for side in ways}
+    for _ in range(bench.pick(5, 3)):
+        for side, (how, whose, times) in ways.items():
+            ticks[side].append(
+                ray.get(worker.tick.remote(how, splits[whose][0], kwargs, times, 0.001))
+            )
+    close(splits)
+    delays = {
+        side: percentiles([1e3 * delay for each in turns for delay in each.delays])
+        for side, turns in ticks.items()
+        if sum(len(each.delays) for each in turns) > 1
+    }
+    return Figure(
+        f"loop-{name}",
+        f"a task that sleeps 1 ms again and again beside the loop of workload `{name}` with 1"
+        " consumer: the 99th percentile of how late it is woken",
+        "ms",
+        "same work",
+        {
+            side: [percentiles([1e3 * d for d in each.delays])["p99"] for each in turns]
+            for side, turns in ticks.items()
+        },
+        limits={OURS: 5.0},
+        details={
+            "delays_ms": delays,
+            "largest_delay_under_20_ms": delays[OURS]["max"] < 20,
+            "batches_per_s": {
+                side: [each.batches / each.seconds for each in turns]
+                for side, turns in ticks.items()
+            },
+        },
+    )
+
+
+def telemetry(bench: Bench) -> list[Figure]:
+    """What the metrics cost when nobody looks at them."""
+    settings = {
+        "batches": (table_blocks(16, 125_000, 4), 2, {"batch_size": 256}),
+        "blocks": (table_blocks(2_000, 100, 4), 1, {"batch_size": None}),
+    }
+    figures = []
+    for name, (ds, n, kwargs) in settings.items():
+        off = SplitOptions(telemetry=TelemetryConfig(enabled=False))
+        iterators = {
+            "on": asyncsplit.streaming_split(ds, n),
+            "off": asyncsplit.streaming_split(ds, n, options=off),
+        }
+        job = Job({**kwargs, "batch_format": "numpy"})
+        turns: dict[str, Callable[[], Round]] = {
+            side: lambda its=its: bench.consume(OURS, its, job)  # type: ignore[misc]
+            for side, its in iterators.items()
+        }
+        bench.take_turns(turns, 2)
+        rounds = bench.take_turns(turns, bench.pick(25, 5), rows=ds.count())
+        figures.append(
+            Figure(
+                f"telemetry-{name}",
+                f"the whole epoch of workload `{name}` with and without the metrics endpoint,"
+                " which nobody scrapes",
+                "ms",
+                "only one side has it",
+                values(rounds, lambda turn: turn.epoch_ms),
+                [Target("on", "off", at_most=1.02)],
+            )
+        )
+    return figures
+
+
+def many(bench: Bench) -> list[Figure]:
+    """Many consumers, several in each of four processes."""
+    figures = []
+    for n in (16, 64) if bench.quick else (16, 64, 128):
+        ds = table_blocks(8 * n, 1_024, 4)
+        rounds: Rounds = bench.compare(
+            ds,
+            n,
+            {"batch_size": 256, "batch_format": "numpy"},
+            processes=4,
+            rounds=bench.pick(5, 3),
+        )
+        figures.append(
+            Figure(
+                f"consumers-{n}",
+                f"{n} consumers in 4 processes, 8 blocks of 1,024 rows each, numpy batches of 256"
+                " rows: the whole epoch. Ours in one event loop per process, Ray's in one thread"
+                " per consumer",
+                "ms",
+                "same work",
+                values(rounds, lambda turn: turn.epoch_ms),
+                [Target(RAY, OURS, at_least=8 if n == 128 else None)],
+                details={"cost": cost(rounds)},
+            )
+        )
+    return figures
+
+
+def _by_hand(bench: Bench, ds: Dataset, n: int, size: int) -> Callable[[], Round]:
+    """Let n workers keep the dataset's blocks among them; return a turn over those."""
+    workers = bench.workers(n)
+    refs = [entry.ref for bundle in ds.iter_internal_ref_bundles() for entry in bundle.blocks]
+    ray.get([worker.keep.remote(refs[i::n]) for i, worker in enumerate(workers)])
+
+    def run() -> Round:
+        start = perf_counter() + ARRIVE_S
+        return Round(
+            ray.get([worker.iterate_by_hand.remote(start, size, False) for worker in workers])
+        )
+
+    return run
+
+
+def _executor_alone(bench: Bench, ds: Dataset) -> Callable[[], Round]:
+    (worker,) = bench.workers(1)
+
+    def run() -> Round:
+        return Round([ray.get(worker.execute_alone.remote(ds, perf_counter() + ARRIVE_S))])
+
+    return run
+
+
+ALL = {
+    workload.__name__: workload
+    for workload in (
+        batches,
+        formats,
+        blocks,
+        turnaround,
+        shuffle,
+        wide,
+        sizes,
+        straggler,
+        loop,
+        telemetry,
+        many,
+    )
+}

@@ -1,0 +1,69 @@
+"""An event loop whose time passes only when nothing is left to do."""
+
+import asyncio
+import selectors
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+
+class StuckError(AssertionError):
+    """Somebody waits, and nothing will ever happen again."""
+
+
+class _NoFiles(selectors.SelectSelector):
+    """Waits for nothing but time, which it moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise StuckError("everybody waits for somebody else")
+        self.now += max(timeout, 0.0)
+        return []
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Runs callbacks at once, timers in their order, blocking calls inline and late."""
+
+    def __init__(self, random: Random) -> None:
+        self._files = _NoFiles()
+        super().__init__(self._files)
+        self._random = random
+        self.after_step: Callable[[], None] = lambda: None
+
+    def time(self) -> float:
+        """Return the virtual time in seconds."""
+        return self._files.now
+
+    def _run_once(self) -> None:
+        super()._run_once()  # type: ignore[misc]
+        self.after_step()
+
+    def _write_to_self(self) -> None:
+        """Nobody sleeps in `select`, so nobody has to be woken there."""
+
+    def run_in_executor(  # type: ignore[override]
+        self, executor: object, func: Callable[..., Any], *args: Any
+    ) -> "asyncio.Future[Any]":
+        """Call it after as long as a blocking call takes."""
+        done: asyncio.Future[Any] = self.create_future()
+
+        def call() -> None:
+            if done.cancelled():
+                return
+            try:
+                done.set_result(func(*args))
+            except Exception as error:
+                done.set_exception(error)
+
+        self.call_later(seconds_of(func, self._random), call)
+        return done
+
+
+def seconds_of(func: Callable[..., Any], random: Random) -> float:
+    """Return how long a blocking call takes; it may say so itself."""
+    choose: Callable[[Random], float] | None = getattr(func, "seconds", None)
+    return choose(random) if choose else random.choice((0.0, 0.01, 0.1))

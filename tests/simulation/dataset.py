@@ -1,0 +1,206 @@
+"""Stands for Ray Data: a dataset, its executions, blocks on their way, and the pump's thread."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+
+from asyncsplit.engine import Block, Bundle
+from asyncsplit.pump import Pump
+
+ROW_BYTES = 8
+
+
+class DatasetError(Exception):
+    """What the dataset's own code raises."""
+
+
+class Context:
+    """Stands for a `DataContext`."""
+
+    def __init__(self, preserve_order: bool) -> None:
+        self.execution_options = SimpleNamespace(preserve_order=preserve_order)
+
+    def copy(self) -> "Context":
+        return self
+
+
+class Ref:
+    """Stands for a reference to a block: the block is elsewhere until somebody asks for it."""
+
+    def __init__(self, ids: range, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self.ids = ids
+        self._loop = loop
+        self._seconds = seconds
+        self._here: Future[Any] | None = None
+
+    def future(self) -> "Future[Any]":
+        """Fetch it."""
+        if self._here is None:
+            self._here = Future()
+            if self._seconds:
+                self._loop.call_later(self._seconds, self._arrive)
+            else:
+                self._arrive()
+        return self._here
+
+    def _arrive(self) -> None:
+        assert self._here is not None
+        self._here.set_result(pa.table({"id": pa.array(self.ids, pa.int64())}))
+
+
+def wait(
+    refs: Sequence[Ref], *, num_returns: int, timeout: float, fetch_local: bool
+) -> tuple[list[Ref], list[Ref]]:
+    """Stand for `ray.wait` as the feed calls it."""
+    assert (num_returns, timeout, fetch_local) == (len(refs), 0, True)
+    assert len(set(refs)) == len(refs), "Ray refuses a reference given twice"
+    here = [ref for ref in refs if ref.future().done()]
+    return here, [ref for ref in refs if ref not in here]
+
+
+def get_ready(refs: Sequence[Ref]) -> list[Any]:
+    """Stand for `engine.get_ready`."""
+    return [ref.future().result(timeout=0) for ref in refs]
+
+
+@dataclass
+class FakeDataset:
+    """Rows 0 to ``rows``, produced in blocks cut anew for each execution."""
+
+    rows: int
+    loop: asyncio.AbstractEventLoop
+    random: Random
+    failures: dict[int, str] = field(default_factory=dict)
+    """For an epoch, whether its ``"start"`` fails or its ``"blocks"`` do."""
+    slow_start_s: float = 0.0
+    largest_block_rows: int = 12
+    slow_block_s: float = 0.2
+    name = "simulated"
+    context: Context = field(default_factory=lambda: Context(preserve_order=True))
+    running: "FakeExecution | None" = None
+
+    def bundles(self, epoch: int) -> Iterator[Bundle]:
+        """Produce one epoch."""
+        fails_after = self.random.randrange(self.rows) if epoch in self.failures else None
+        first = 0
+        while first < self.rows:
+            if fails_after is not None and first >= fails_after:
+                raise DatasetError(epoch)
+            bundle = []
+            for _ in range(self.random.choice((0, 1, 1, 1, 2, 3))):
+                rows = min(self.random.randint(1, self.largest_block_rows), self.rows - first)
+                before = self.random.choice((0, 0, 0, 3))
+                slow = self.random.random() < 0.3
+                ref = Ref(
+                    range(first - before, first + rows + before),
+                    self.loop,
+                    self.random.uniform(0.001, self.slow_block_s) if slow else 0.0,
+                )
+                size = rows * ROW_BYTES
+                bundle.append(Block(ref, before, before + rows, size, None))  # type: ignore[arg-type]
+                first += rows
+                if first == self.rows:
+                    break
+            yield Bundle(tuple(block for block in bundle if block.stop > block.start), None)
+        if fails_after is not None:
+            raise DatasetError(epoch)
+
+
+class FakeExecution:
+    """Stands for `engine.Execution`; one at a time, or a real cluster could deadlock."""
+
+    def __init__(self, dataset: FakeDataset, epoch: int) -> None:
+        self._bundles = dataset.bundles(epoch)
+        self._dataset = dataset
+        self._shut = False
+
+    @classmethod
+    def start(cls, dataset: FakeDataset, epoch: int) -> "FakeExecution":
+        """Start, if no other one runs."""
+        assert dataset.running is None or dataset.running._shut, "two executors at a time"
+        if dataset.failures.get(epoch) == "start":
+            raise DatasetError(epoch)
+        dataset.running = cls(dataset, epoch)
+        return dataset.running
+
+    def next_bundle(self) -> Bundle:
+        """Return the next one, of which nobody has to wait for here: see `PumpThread`."""
+        if self._shut:
+            raise StopIteration
+        return next(self._bundles)
+
+    def report_consumer_bytes(self, held_bytes: int) -> None:
+        assert held_bytes >= 0
+
+    def excuse_pause(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self._shut = True
+
+    def seconds_to_next(self) -> float:
+        random = self._dataset.random
+        return random.uniform(0.0, 0.02) if random.random() < 0.9 else random.uniform(0.0, 3.0)
+
+
+def start_seconds(dataset: FakeDataset, random: Random) -> float:
+    """Return how long a start takes: sometimes as long as actors take to come up."""
+    return random.uniform(0.0, dataset.slow_start_s)
+
+
+class PumpThread:
+    """Stands for the pump's thread: takes the same steps as `Pump._run`, as timers."""
+
+    def __init__(self, *, target: Callable[[], None], name: str, daemon: bool) -> None:
+        pump = target.__self__  # type: ignore[attr-defined]
+        assert isinstance(pump, Pump)
+        self._pump = pump
+        self._loop = asyncio.get_running_loop()
+        self._busy = False
+        self._ended = False
+
+    def start(self) -> None:
+        condition = self._pump._condition
+        assert isinstance(condition, _Condition)
+        condition.notified = self.step
+        self.step()
+
+    def step(self) -> None:
+        """Begin to wait for a bundle, if the pump may."""
+        if self._busy or self._ended or self._pump._stopped or self._pump._credit <= 0:
+            return
+        self._busy = True
+        execution = self._pump._execution
+        assert isinstance(execution, FakeExecution)
+        self._loop.call_later(execution.seconds_to_next(), self._take)
+
+    def _take(self) -> None:
+        self._busy = False
+        bundle, end = None, None
+        try:
+            bundle = self._pump._execution.next_bundle()
+        except BaseException as error:
+            end = error
+        if self._pump._hand_over(bundle, end):
+            self.step()
+        else:
+            self._ended = True
+
+
+class _Condition(threading.Condition):
+    notified: Callable[[], None] | None = None
+
+    def notify(self, n: int = 1) -> None:
+        super().notify(n)
+        if self.notified is not None:
+            asyncio.get_running_loop().call_soon(self.notified)
+
+
+PUMP_THREADING = SimpleNamespace(Condition=_Condition, Thread=PumpThread)
