@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-oldest-ray check format clean
+.PHONY: help venv demo test test-unit test-oldest-ray check format bench bench-quick clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,11 +41,17 @@ format: venv ## Format, and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+bench: venv ## Run every benchmark: 20 minutes
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-quick: venv ## Run every benchmark with less data: 3 minutes
+	$(BIN)/python -m benchmarks --quick $(ARGS)
+
 clean: ## Remove everything that was generated, the virtual environments too
 	rm -rf $(VENV) $(VENV_OLDEST) build dist .coverage* .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/.installed: PACKAGES = --editable '.[dev,demo]'
+$(VENV)/.installed: PACKAGES = --editable '.[dev,demo,bench]'
 $(VENV_OLDEST)/.installed: PACKAGES = --editable '.[dev]' 'ray[data]==$(OLDEST_RAY)'
 # OLDEST_RAY is set in this file, so a change here is a change of that environment.
 $(VENV_OLDEST)/.installed: Makefile

@@ -63,6 +63,10 @@ def streaming_split(
         ray.remote(SplitCoordinator)
         .options(
             num_cpus=0,
+            max_restarts=options.coordinator_max_restarts,
+            # Every message says where its sender stands, so a restarted coordinator can be sent
+            # those that its predecessor did not answer.
+            max_task_retries=-1 if options.coordinator_max_restarts else 0,
             # Two calls of each consumer wait at a time; the rest is for everything else.
             max_concurrency=8 * n + 100,
             scheduling_strategy=NodeAffinitySchedulingStrategy(

@@ -6,6 +6,7 @@ import weakref
 from typing import Protocol
 
 from asyncsplit.core.epochs import Stream
+from asyncsplit.core.ledger import Position
 from asyncsplit.errors import ConsumerConflictError
 from asyncsplit.remote import Coordinator
 from asyncsplit.telemetry.state import ConsumerCounters
@@ -18,6 +19,9 @@ class HasSplit(Protocol):
     def is_open(self) -> bool:
         """Whether the stream holds its split."""
 
+    def position(self) -> Position | None:
+        """Return where the training loop stands, if the stream is open."""
+
 
 class Consumer:
     """An iterator object in one process: who reads a split, and its totals over all streams."""
@@ -29,7 +33,10 @@ class Consumer:
         self.serialized_bytes = serialized_bytes
         self.name = uuid.uuid4().hex[:12]
         self.totals = ConsumerCounters()
-        self._streams = 0
+        self.position: Position | None = None
+        """Where its next stream is to begin, if it has had one or a state was loaded."""
+        self.streams = 0
+        """How many streams it has had."""
         self._open: weakref.ref[HasSplit] | None = None
 
     def open(self, stream: HasSplit) -> Stream:
@@ -47,8 +54,13 @@ class Consumer:
                 " iterator: finish it, or close it with `await stream.aclose()`, first"
             )
         self._open = weakref.ref(stream)
-        self._streams += 1
-        return Stream(self.name, self._streams)
+        self.streams += 1
+        return Stream(self.name, self.streams)
+
+    def where(self) -> Position:
+        """Return what the training loop has finished with."""
+        stream = None if self._open is None else self._open()
+        return (stream and stream.position()) or self.position or Position(0)
 
     def _other_open(self, stream: HasSplit) -> bool:
         other = None if self._open is None else self._open()

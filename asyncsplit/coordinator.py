@@ -9,8 +9,9 @@ blocks on another (`asyncsplit.pump`).
 import asyncio
 import functools
 import logging
+import os
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,10 +20,16 @@ from ray.data import DataContext, Dataset, Schema
 
 from asyncsplit import engine
 from asyncsplit.core.epochs import Epochs, Phase, Stream
-from asyncsplit.core.ledger import Ledger
+from asyncsplit.core.ledger import Ledger, Position
 from asyncsplit.core.liveness import Liveness, listing
 from asyncsplit.core.routing import Part, make_router
-from asyncsplit.errors import ConsumerConflictError, ConsumerLostError, StreamClosedError
+from asyncsplit.errors import (
+    ConsumerConflictError,
+    ConsumerLostError,
+    CoordinatorLostError,
+    StateMismatchError,
+    StreamClosedError,
+)
 from asyncsplit.guard import DuringExecution, Guard
 from asyncsplit.lifeline import Lifelines
 from asyncsplit.options import SplitOptions
@@ -30,7 +37,16 @@ from asyncsplit.pump import Pump
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 from asyncsplit.telemetry.summary import summary
-from asyncsplit.wire import Delivery, Failure, Progress, Slice, Started, Status, replies
+from asyncsplit.wire import (
+    Delivery,
+    Failure,
+    Progress,
+    Rejoin,
+    Slice,
+    Started,
+    Status,
+    replies,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +79,8 @@ class SplitCoordinator:
         self._equal = equal
         # Ray Data ignores locality where order must be kept; so do we, or the same blocks would
         # not be routed the same way twice.
-        keep_order = dataset.context.execution_options.preserve_order
-        self._hints = None if keep_order else locality_hints
+        self._keeps_order = dataset.context.execution_options.preserve_order
+        self._hints = None if self._keeps_order else locality_hints
         self._options = options
         # What is given on demand is asked for one block at a time, when the last one is begun.
         self._prefetch_bytes = 1 if options.routing == "demand" else options.prefetch_bytes
@@ -95,6 +111,7 @@ class SplitCoordinator:
         split: int,
         stream: Stream,
         lifeline: Sequence["ObjectRef[Any]"],
+        position: Position | None,
         serialized_bytes: int,
         counters: ConsumerCounters,
     ) -> Started:
@@ -103,8 +120,9 @@ class SplitCoordinator:
         Whoever comes for a split whose consumer has died in the middle of an epoch does not wait:
         it takes that epoch over, from the first row that is not committed.
 
-        ``lifeline`` holds the reference to the consumer's call of `hold`; ``serialized_bytes`` is
-        the pickled size of its iterator, 0 if it never was.
+        ``lifeline`` holds the reference to the consumer's call of `hold`; ``position`` is where
+        it stands, if it has read the split before; ``serialized_bytes`` is the pickled size of
+        its iterator, 0 if it never was.
         """
         stream = Stream(*stream)
         self._check_open()
@@ -112,7 +130,7 @@ class SplitCoordinator:
             self._leave(split, earlier)
         await self._wait_for_verdict(split, stream)
         try:
-            takes_over = self._epochs.arrive(split, stream)
+            takes_over = self._epochs.arrive(split, stream, position and Position(*position))
         except ConsumerConflictError:
             self._state.conflicts += 1
             raise
@@ -150,33 +168,40 @@ class SplitCoordinator:
         split: int,
         epoch: int,
         stream: Stream,
-        cursor: int,
+        cursor: int | None,
         progress: Progress,
         counters: ConsumerCounters,
-    ) -> Delivery:
+    ) -> Delivery | Rejoin:
         """Acknowledge progress; return the slices from ``cursor`` on, as soon as there are any.
 
-        One pull waits per split: a newer one sends an older one home with nothing.
+        Without a cursor they are those from the first row that is not committed. One pull waits
+        per split: a newer one sends an older one home with nothing.
         """
         stream = Stream(*stream)
+        if epoch > self._epochs.epoch:
+            return Rejoin()
         self._acknowledge(split, epoch, stream, progress, counters)
         log = self._ledger.logs[split]
-        while cursor == log.next_seq and not self._ledger.exhausted(split):
+        begin = log.first_seq if cursor is None else cursor
+        while begin >= log.next_seq and not self._ledger.exhausted(split):
             self._wake(split)
             waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
             self._pulled_at[split] = self._tick()
             await waiting
             if self._pulls.get(split) is not waiting:
-                return Delivery(cursor, (), end=False)
+                return Delivery(begin, (), end=False)
             del self._pulls[split], self._pulled_at[split]
             self._check_stream(split, epoch, stream)
-        leases = log.read(cursor, max_leases=MAX_SLICES)
+            begin = log.first_seq if cursor is None else cursor
+        leases = log.read(begin, max_leases=MAX_SLICES)
         slices = tuple(
             Slice(part.block, part.start, part.stop, part.size_bytes)  # type: ignore[arg-type]
             for _, part, _ in leases
         )
-        end = cursor + len(slices) == log.next_seq and self._ledger.exhausted(split)
-        return Delivery(cursor, slices, end)
+        end = begin + len(slices) == log.next_seq and self._ledger.exhausted(split)
+        if cursor is not None:
+            return Delivery(begin, slices, end)
+        return Delivery(begin, slices, end, log.skip_rows, log.check)
 
     @replies
     async def acknowledge(
@@ -228,6 +253,7 @@ class SplitCoordinator:
     async def status(self) -> Status:
         """Return what the coordinator is doing; answers also while everything else waits."""
         return Status(
+            pid=os.getpid(),
             epoch=self._epochs.epoch,
             phase=self._epochs.phase.value,
             missing=self._epochs.missing,
@@ -263,13 +289,15 @@ class SplitCoordinator:
 
     def _open_if_ready(self) -> None:
         if self._epochs.ready and not self._shut:
-            self._spawn(self._run_epoch(self._epochs.open()))
+            resume = self._epochs.open()
+            self._spawn(self._run_epoch(self._epochs.epoch, resume))
 
-    async def _run_epoch(self, epoch: int) -> None:
+    async def _run_epoch(self, epoch: int, resume: Mapping[int, Position]) -> None:
         """Start the executor for an epoch whose barrier has opened, and let everybody in."""
         openings = {split: self._openings[split] for split in self._epochs.active}
-        self._ledger = self._new_ledger()
+        self._ledger = self._new_ledger(resume)
         try:
+            self._check_resume(resume)
             execution = await self._guard.start(epoch)
         except Exception as raised:  # the consumers get it, whatever it is
             error = engine.unwrap(raised)
@@ -286,11 +314,12 @@ class SplitCoordinator:
             name=f"asyncsplit-pump-{epoch}",
         )
         self._epochs.started()
-        for split in set(range(self._n)) - set(self._epochs.active):
+        for split in set(range(self._n)) - {*self._epochs.active, *resume}:
             self._ledger.leave(split)  # closed while the executor was starting
-        for opening in openings.values():
+        for split, opening in openings.items():
             if not opening.done():
-                opening.set_result(Started(epoch, 0, self._prefetch_bytes))
+                rows = resume[split].rows if split in resume else 0
+                opening.set_result(Started(epoch, self._prefetch_bytes, rows))
         self._settle()
         self._end_if_all_left()
 
@@ -298,6 +327,12 @@ class SplitCoordinator:
         """Take what the pump brings: on the loop, between two awaits of everything else."""
         if epoch != self._epochs.epoch or self._epochs.phase is not Phase.RUNNING:
             return
+        try:
+            self._take(bundles, end)
+        except StateMismatchError as error:
+            self._fail(Failure.of(error))
+
+    def _take(self, bundles: list[engine.Bundle], end: BaseException | None) -> None:
         for bundle in bundles:
             self._guard.observe(bundle.schema)
             self._ledger.produce(
@@ -374,10 +409,35 @@ class SplitCoordinator:
 
     def _take_over(self, split: int) -> Started:
         """Let a new consumer go on where one died."""
-        cursor, skip_rows = self._ledger.rewind(split)
-        rows = self._ledger.logs[split].committed_rows
+        self._ledger.rewind(split)
         self._settle()
-        return Started(self._epochs.epoch, cursor, self._prefetch_bytes, rows, skip_rows)
+        rows = self._ledger.logs[split].committed_rows
+        return Started(self._epochs.epoch, self._prefetch_bytes, rows)
+
+    def _check_resume(self, resume: Mapping[int, Position]) -> None:
+        """Refuse to go on in the middle of an epoch that cannot be produced the same way again."""
+        if not resume:
+            return
+        saved = {split for split, position in resume.items() if position.saved}
+        if saved and (without := set(range(self._n)) - set(resume)):
+            raise StateMismatchError(
+                f"splits {sorted(saved)} resume in epoch {self._epochs.epoch}, but splits"
+                f" {sorted(without)} have no state of it: load the states of all splits"
+            )
+        if self._keeps_order and self._options.routing == "rows":
+            return
+        why = (
+            "the same blocks in the same order are needed for that. Set"
+            " ds.context.execution_options.preserve_order = True, and routing='rows'"
+        )
+        if saved:
+            raise StateMismatchError(
+                f"epoch {self._epochs.epoch} cannot be resumed in the middle: {why}"
+            )
+        raise CoordinatorLostError(
+            f"the coordinator died and was restarted, but epoch {self._epochs.epoch} cannot go on"
+            f" where it was: {why}. The next iteration begins the next epoch"
+        )
 
     def _tick(self) -> float:
         """Return the time, and see to it that waits are looked after once a second."""
@@ -481,8 +541,8 @@ class SplitCoordinator:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _new_ledger(self) -> Ledger:
+    def _new_ledger(self, resume: Mapping[int, Position] | None = None) -> Ledger:
         router = make_router(
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
-        return Ledger(self._n, router, self._options.prefetch_bytes)
+        return Ledger(self._n, router, self._options.prefetch_bytes, resume)

@@ -6,6 +6,7 @@ is in flight are Ray's own futures, so a wait that is cancelled loses nothing.
 
 import functools
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -18,10 +19,11 @@ import ray
 from asyncsplit import engine
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
+from asyncsplit.core.ledger import Position, fingerprint
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import Reply, ask, opened
 from asyncsplit.telemetry.state import ConsumerCounters
-from asyncsplit.wire import Delivery, Progress, Slice, Started
+from asyncsplit.wire import Delivery, Progress, Rejoin, Slice, Started
 
 SMALL_BYTES = 2**20
 """Blocks up to this size are fetched together, at a fraction of what one future each costs;
@@ -31,13 +33,12 @@ GROUP_BYTES = 4 * 2**20
 GROUP_SLICES = 64
 """Bounds of one such group: together they keep the loop for less than 3 ms."""
 
-_NOT_STARTED = Started(epoch=-1, cursor=0, prefetch_bytes=0)
-
 
 @dataclass(slots=True)
 class _Pending:
     slice: Slice
     fetch: "Future[Any] | None" = None
+    overdue_at: float = math.inf
 
 
 class Feed:
@@ -66,24 +67,23 @@ class Feed:
         self._batch_size = batch_size
         self._backlog: deque[_Pending] = deque()
         self._backlog_bytes = 0
-        self._cursor = 0
+        self._cursor: int | None = None
         self._fed = 0
+        self._first = 0
         self._fed_bytes = 0
         self._last = False
+        self._lost_at = -1
         self._skip_rows = 0
-        self._pulling: Future[Reply[Delivery]] | None = None
+        self._check = 0
+        self._next_row = 0
+        self._marks: deque[tuple[int, int]] = deque()
+        self._pulling: Future[Any] | None = None
         # A call that never returns: the coordinator holds a reference to its result, which this
         # process owns, and so hears of it when this process dies.
-        lifeline: ray.ObjectRef[Any] = consumer.coordinator.hold.remote(consumer.split, stream)
-        self._starting: Future[Reply[Started]] = ask(
-            consumer.coordinator,
-            "start_epoch",
-            consumer.split,
-            stream,
-            [lifeline],
-            consumer.serialized_bytes,
-            consumer.totals,
+        self._lifeline: ray.ObjectRef[Any] = consumer.coordinator.hold.remote(
+            consumer.split, stream
         )
+        self._starting: Future[Reply[Started]] | None = self._arrive(consumer.position)
 
     @property
     def backlog(self) -> int:
@@ -98,21 +98,20 @@ class Feed:
         Raises:
             Exception: Whatever the coordinator answered, or fetching a block failed with.
         """
-        if self.started is None:
+        if self._starting is None:
+            self._receive(finished_rows)
+        if self._starting is not None:
             if not self._starting.done():
                 return self._starting
-            self.started = Started(*opened(self._starting))
-            self._cursor = self._fed = self.started.cursor
-            self._skip_rows = self.started.skip_rows
-        self._receive()
+            self._start(Started(*opened(self._starting)))
         if not self._backlog and self._last:
             self._pipeline.finish()
             return None
         fed_before = self._fed
-        waiting_for = self._feed_head() if self._backlog else None
+        waiting_for = self._try_to_feed() if self._backlog else None
         # Only now, so that the coordinator hears what has been begun: it would let a pull wait
         # for ever that says there is still enough.
-        self._pull_if_room(self.started, finished_rows)
+        self._pull_if_room(finished_rows)
         return waiting_for or (None if self._fed > fed_before else self._pulling)
 
     def acknowledge(self, finished_rows: int) -> None:
@@ -124,6 +123,8 @@ class Feed:
     def close(self, finished_rows: int) -> "Callable[[], Future[Any]]":
         """Let go of everything; return the call that says goodbye, which holds nothing."""
         counters = self._consumer.totals = self.counters()
+        if self.started is not None:
+            self._consumer.position = Position(self.started.epoch + 1)
         self._backlog.clear()
         self._pulling = None
         return functools.partial(
@@ -142,7 +143,7 @@ class Feed:
             ConsumerCounters(
                 rows=self._pipeline.rows_out,
                 batches=self._pipeline.batches_out,
-                blocks=self._fed - (self.started or _NOT_STARTED).cursor,
+                blocks=self._fed - self._first,
                 bytes=self._fed_bytes,
                 waits=self.waited,
                 wait_s=self.wait_s,
@@ -150,36 +151,117 @@ class Feed:
             )
         )
 
-    def _receive(self) -> None:
+    def position(self, finished_rows: int) -> Position:
+        """Return where the training loop stands, having finished with so many rows."""
+        if self.started is None:
+            return self._consumer.position or Position(0)
+        rows = self._progress(finished_rows).rows
+        if (oldest := self._pipeline.oldest_unfinished) is not None:
+            # What is finished of shuffled rows is no number: go back to where all of it is.
+            rows = min(
+                (row for row, _ in itertools.islice(self._marks, oldest, None)), default=rows
+            )
+        check = self._check
+        for first_row, check_after in self._marks:
+            if first_row >= rows:
+                break
+            check = check_after
+        return Position(self.started.epoch, rows, check, self._fed)
+
+    def _arrive(self, position: Position | None) -> "Future[Reply[Started]]":
+        return ask(
+            self._consumer.coordinator,
+            "start_epoch",
+            self._consumer.split,
+            self._stream,
+            [self._lifeline],
+            position,
+            self._consumer.serialized_bytes,
+            self._consumer.totals,
+        )
+
+    def _start(self, started: Started) -> None:
+        """Begin to pull; after a restart of the coordinator, what has not been begun yet."""
+        if self.started is None:
+            self.started = started
+        self._starting = None
+
+    def _rejoin(self, finished_rows: int) -> None:
+        """Arrive again: the coordinator was restarted, and the blocks it had sent are gone."""
+        self._drop_backlog()
+        self._starting = self._arrive(self.position(finished_rows))
+
+    def _drop_backlog(self) -> None:
+        self._backlog.clear()
+        self._backlog_bytes = 0
+        self._pulling = None
+        self._last = False
+        if self._cursor is not None:
+            self._cursor = self._fed
+
+    def _receive(self, finished_rows: int) -> None:
         """Take a delivery that has come."""
         if self._pulling is None or not self._pulling.done():
             return
-        delivery = Delivery(*opened(self._pulling))
+        reply: Delivery | Rejoin = opened(self._pulling)
         self._pulling = None
-        self._backlog.extend(_Pending(Slice(*part)) for part in delivery.slices)
-        self._backlog_bytes += sum(part.size_bytes for part in delivery.slices)
-        self._cursor = delivery.cursor + len(delivery.slices)
-        self._last = delivery.end
-
-    def _pull_if_room(self, started: Started, finished_rows: int) -> None:
-        """Have the next delivery on its way if there is room for it."""
-        if self._pulling is not None or self._last:
+        if isinstance(reply, Rejoin):
+            self._rejoin(finished_rows)
             return
-        room = self._backlog_bytes < started.prefetch_bytes if self._prefetch else not self._backlog
+        if self._cursor is None:
+            assert self.started is not None
+            self._fed = self._first = reply.cursor
+            self._skip_rows = reply.skip_rows
+            self._check = reply.check
+            self._next_row = self.started.rows - reply.skip_rows
+        self._backlog.extend(_Pending(Slice(*part)) for part in reply.slices)
+        self._backlog_bytes += sum(part.size_bytes for part in reply.slices)
+        self._cursor = reply.cursor + len(reply.slices)
+        self._last = reply.end
+
+    def _pull_if_room(self, finished_rows: int) -> None:
+        """Have the next delivery on its way if there is room for it."""
+        if self._pulling is not None or self._last or self.started is None:
+            return
+        budget = self.started.prefetch_bytes
+        room = self._backlog_bytes < budget if self._prefetch else not self._backlog
         if room:
             progress = self._progress(finished_rows)
-            self._pulling = self._send("pull", started.epoch, self._stream, self._cursor, progress)
+            self._pulling = self._send(
+                "pull", self.started.epoch, self._stream, self._cursor, progress
+            )
+
+    def _try_to_feed(self) -> "Future[Any] | None":
+        """Feed what is here; if blocks are gone with their owner, ask for them once more."""
+        try:
+            waiting_for = self._feed_head()
+        except ray.exceptions.ObjectLostError:
+            if self._lost_at == self._fed:
+                raise
+            self._lost_at = self._fed
+            self._drop_backlog()
+            return None
+        return waiting_for
 
     def _feed_head(self) -> "Future[Any] | None":
         """Feed what is here of the backlog; if its head is not, return what to wait for."""
         self._fetch_ahead()
         head = self._backlog[0]
-        if head.fetch is None:
-            head.fetch = self._feed_group()
+        if head.fetch is None and (fetch := self._feed_group()) is not None:
+            head.fetch = fetch
+            # Consumers of one process that were given the same block get back what they ask for
+            # again only if they let go of it together: hence whole seconds.
+            head.overdue_at = math.floor(perf_counter()) + 2
         if head.fetch is None:
             return None
         if not head.fetch.done():
-            return head.fetch
+            if perf_counter() < head.overdue_at:
+                return head.fetch
+            # Ray 2.60 can lose a small object that a process lets go of while it is given it
+            # again, as happens to the parts of one block: even ray.get then waits for ever.
+            # Nothing is lost by asking for it once more.
+            self._drop_backlog()
+            return None
         self._feed([head.fetch.result()])
         return None
 
@@ -220,18 +302,21 @@ class Feed:
             self._backlog_bytes -= part.size_bytes
             self._fed += 1
             self._fed_bytes += part.size_bytes
-            skipped = min(self._skip_rows, part.stop - part.start)
+            rows = part.stop - part.start
+            last = self._marks[-1][1] if self._marks else self._check
+            self._marks.append((self._next_row, fingerprint(last, rows)))
+            self._next_row += rows
+            skipped = min(self._skip_rows, rows)
             self._skip_rows -= skipped
             self._pipeline.add(block, part.start + skipped, part.stop)
 
     def _progress(self, finished_rows: int) -> Progress:
-        started = self.started or _NOT_STARTED
+        rows = finished_rows + (self.started.rows if self.started else 0)
         oldest = self._pipeline.oldest_unfinished
-        return Progress(
-            started.rows + finished_rows,
-            self._fed,
-            None if oldest is None else started.cursor + oldest,
-        )
+        if oldest is None:
+            while len(self._marks) > 1 and self._marks[1][0] <= rows:
+                self._check = self._marks.popleft()[1]
+        return Progress(rows, self._fed, None if oldest is None else self._first + oldest)
 
     def _send(self, method: str, *args: object) -> "Future[Any]":
         return ask(self._consumer.coordinator, method, self._consumer.split, *args, self.counters())

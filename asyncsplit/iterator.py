@@ -1,6 +1,6 @@
 """AsyncDataIterator: what a worker holds of a split."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,6 +8,8 @@ from ray import cloudpickle
 from ray.data import DataContext, Schema
 
 from asyncsplit.consumer import Consumer
+from asyncsplit.core.state import position_from, state_of
+from asyncsplit.errors import StateMismatchError
 from asyncsplit.formats import resolve_batch_format
 from asyncsplit.guard import DuringExecution
 from asyncsplit.pipeline import Pipeline, RowPipeline
@@ -104,6 +106,32 @@ class AsyncDataIterator:
     def iter_rows(self) -> BatchStream[dict[str, Any]]:
         """Return a stream of this split's rows, each a dict."""
         return BatchStream(self._consumer, RowPipeline, prefetch_batches=1, batch_size=None)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the training loop stands: a few integers, JSON-serialisable, at once.
+
+        The batch in hand is not counted: it is finished when the next one is asked for. With a
+        local shuffle only the end of an epoch is a place to resume from, so that a state taken in
+        the middle of one goes back to the oldest row not finished with.
+        """
+        return state_of(self._consumer.where(), self.split_index, self._world_size)
+
+    def load_state_dict(self, state: Mapping[str, int] | Sequence[Mapping[str, int]]) -> None:
+        """Go on where an earlier run's `state_dict` was taken.
+
+        Each split loads its own state, or the list of all splits' states, before it is iterated.
+        The dataset must be the same and preserve order; blocks that are finished with are not
+        fetched.
+
+        Raises:
+            StateMismatchError: If the state is not one of this split, is damaged, or comes too
+                late. That the dataset is another one shows when the epoch starts.
+        """
+        if self._consumer.streams:
+            raise StateMismatchError(
+                f"split {self.split_index} has been iterated already: load the state before"
+            )
+        self._consumer.position = position_from(state, self.split_index, self._world_size)
 
     async def schema(self, *, during_execution: DuringExecution = "raise") -> Schema | None:
         """Return the dataset's schema, computed once by the coordinator.

@@ -47,6 +47,10 @@ class SplitOptions:
     """Seconds a split whose consumer has died may stay without another, while others wait for
     it; None to wait for ever. Longer than it takes to start a worker."""
 
+    coordinator_max_restarts: int = 3
+    """How often Ray starts the coordinator anew if its process dies. An epoch goes on where it
+    was if the dataset preserves order; else its consumers get `CoordinatorLostError`."""
+
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     """Where the figures go."""
 
@@ -55,6 +59,13 @@ class SplitOptions:
         if self.routing not in ("rows", "demand"):
             raise ValueError(
                 f"SplitOptions.routing={self.routing!r} is unknown: use 'rows' or 'demand'"
+            )
+        restarts = self.coordinator_max_restarts
+        if not isinstance(restarts, int) or isinstance(restarts, bool):
+            raise TypeError(f"SplitOptions.coordinator_max_restarts={restarts!r} must be an int")
+        if restarts < 0:
+            raise ValueError(
+                f"SplitOptions.coordinator_max_restarts={restarts} must be 0 (never) or more"
             )
         if not isinstance(self.prefetch_bytes, int) or isinstance(self.prefetch_bytes, bool):
             raise TypeError(f"SplitOptions.prefetch_bytes={self.prefetch_bytes!r} must be an int")

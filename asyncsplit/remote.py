@@ -23,8 +23,8 @@ def ask(
     return getattr(coordinator, method).remote(*args).future()  # type: ignore[no-any-return]
 
 
-async def settled(future: "concurrent.futures.Future[Any]") -> None:
-    """Return when the future is done; cancelling the wait leaves the future as it was.
+async def settled(future: "concurrent.futures.Future[Any]", timeout_s: float | None = None) -> None:
+    """Return when the future is done, or after a while; cancelling leaves the future as it was.
 
     `asyncio.wrap_future` will not do: cancelling what it returns cancels the future itself,
     which Ray then fails to complete.
@@ -41,7 +41,12 @@ async def settled(future: "concurrent.futures.Future[Any]") -> None:
             return
 
     future.add_done_callback(wake)
-    await waiter
+    alarm = None if timeout_s is None else loop.call_later(timeout_s, _set, waiter)
+    try:
+        await waiter
+    finally:
+        if alarm is not None:
+            alarm.cancel()
 
 
 def opened(future: "concurrent.futures.Future[Reply[T]]") -> T:

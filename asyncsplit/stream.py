@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 from asyncsplit.consumer import Consumer
+from asyncsplit.core.ledger import Position
 from asyncsplit.errors import ConsumerConflictError, StreamClosedError
 from asyncsplit.feed import Feed
 from asyncsplit.pipeline import Pipeline, RowPipeline
@@ -29,6 +30,9 @@ YIELD_AFTER_S = 0.002
 
 REPORT_AFTER_S = 1.0
 """How long finished rows may stay unacknowledged while no new blocks are needed."""
+
+RECHECK_S = 1.0
+"""How long to wait before seeing whether waiting still makes sense, see `Feed.advance`."""
 
 _END = object()
 
@@ -118,6 +122,12 @@ class BatchStream(Generic[T]):
             time_to_first_batch_s=self._first_after_s,
         )
 
+    def position(self) -> Position | None:
+        """Return where the training loop stands in the epoch; None if the stream is not open."""
+        if not self.is_open or self._feed is None:
+            return None
+        return self._feed.position(self._finished_rows)
+
     def __repr__(self) -> str:
         """Show where the stream is."""
         now = self.statistics()
@@ -150,7 +160,7 @@ class BatchStream(Generic[T]):
             self._loop = asyncio.get_running_loop()
             with contextlib.closing(self._wait(now)) as waits:
                 for future in waits:
-                    await settled(future)
+                    await settled(future, RECHECK_S)
                     self._yield_at = perf_counter() + YIELD_AFTER_S
             batch = self._take_ready()
         if batch is _END:
@@ -178,7 +188,7 @@ class BatchStream(Generic[T]):
         if batch is None:
             with contextlib.closing(self._wait(now)) as waits:
                 for future in waits:
-                    futures.wait((future,))
+                    futures.wait((future,), RECHECK_S)
             batch = self._take_ready()
         if batch is _END:
             if (told := self._end()) is not None:

@@ -30,14 +30,10 @@ class Started(NamedTuple):
     """The barrier has opened: read the split's log."""
 
     epoch: int
-    cursor: int
-    """Number of the first slice to read."""
     prefetch_bytes: int
     """How many bytes to keep ahead."""
     rows: int = 0
-    """Rows of the split committed by a consumer that died."""
-    skip_rows: int = 0
-    """How many of those are in the first slices."""
+    """Rows of the split that were finished with before this stream."""
 
 
 class Delivery(NamedTuple):
@@ -46,6 +42,14 @@ class Delivery(NamedTuple):
     cursor: int
     slices: tuple[Slice, ...]
     end: bool
+    skip_rows: int = 0
+    """How many rows of the first slice are finished with; for a stream's first pull."""
+    check: int = 0
+    """Fingerprint of the slices before; for a stream's first pull."""
+
+
+class Rejoin(NamedTuple):
+    """The coordinator was restarted: arrive again, and say where you stand."""
 
 
 class Progress(NamedTuple):
@@ -64,6 +68,8 @@ class Progress(NamedTuple):
 class Status(NamedTuple):
     """What a coordinator is doing."""
 
+    pid: int
+    """Process id of the coordinator, on its node."""
     epoch: int
     """The epoch under way or the last one; -1 before the first."""
     phase: str

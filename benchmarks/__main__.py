@@ -39,9 +39,14 @@ def main() -> None:
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray runs its workers at the lowest priority; whatever else the machine does would stop them.
-    os.environ["RAY_worker_niceness"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        # By default workers give way to whatever else the machine does.
+        _system_config={"worker_niceness": 0},
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:

@@ -160,7 +160,8 @@ class Bench:
 
     def workers(self, n: int) -> list[Any]:
         """Return n actors, each in a process of its own; they are used again and again."""
-        self._workers += [Worker.remote() for _ in range(n - len(self._workers))]
+        actor = ray.remote(Worker).options(num_cpus=0)
+        self._workers += [actor.remote() for _ in range(n - len(self._workers))]
         ray.get([worker.ready.remote() for worker in self._workers])
         return self._workers[:n]
 
@@ -243,7 +244,7 @@ class Bench:
         measured: Rounds = {side: [] for side in turns}
         for _ in range(rounds or self.rounds):
             for side, run in turns.items():
-                _wait_for_quiet(0.5 if self.quick else 3.0)
+                _wait_for_quiet(0.3 if self.quick else 1.5)
                 turn = run()
                 if rows is not None and turn.rows != rows:
                     raise AssertionError(f"{side} read {turn.rows} rows of {rows}")

@@ -91,7 +91,6 @@ def views(blocks: Sequence[dict[str, Any]], size: int) -> Iterator[dict[str, Any
             yield {name: values[start : start + size] for name, values in block.items()}
 
 
-@ray.remote(num_cpus=0)
 class Worker:
     """Consumes splits; one process, one or many consumers in it."""
 

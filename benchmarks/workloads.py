@@ -1,7 +1,9 @@
 """The workloads, in order of importance; each returns its figures."""
 
+import asyncio
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +12,9 @@ from ray import cloudpickle
 from ray.data import Dataset
 
 import asyncsplit
-from asyncsplit import SplitOptions, TelemetryConfig
+from asyncsplit import BatchStream, SplitOptions, TelemetryConfig, engine
+from asyncsplit.consumer import Consumer
+from asyncsplit.pipeline import Pipeline
 from benchmarks.harness import (
     ARRIVE_S,
     OURS,
@@ -27,7 +31,7 @@ from benchmarks.harness import (
     table_blocks,
     values,
 )
-from benchmarks.worker import Job, Ticks, percentiles
+from benchmarks.worker import Job, Ticks, percentiles, views
 
 BY_HAND = "by hand"
 EXECUTOR = "executor alone"
@@ -39,7 +43,7 @@ def batches(bench: Bench) -> list[Figure]:
     loops = _by_hand(bench, ds, 2, 256)
     kwargs = {"batch_size": 256, "batch_format": "numpy"}
     rounds = bench.compare(
-        ds, 2, kwargs, others={BY_HAND: loops}, trace=True, rounds=bench.pick(15, 5)
+        ds, 2, kwargs, others={BY_HAND: loops}, trace=True, rounds=bench.pick(15, 3)
     )
     setting = "2 M rows of 4 float64 in 16 blocks, numpy batches of 256 rows, 2 consumers"
     gaps = {
@@ -53,7 +57,7 @@ def batches(bench: Bench) -> list[Figure]:
     return [
         Figure(
             "batch",
-            f"{setting}: time from the first batch to the end, divided by batches",
+            f"{setting}: time from first batch to end, divided by batches",
             "us",
             "same work",
             values(rounds, lambda turn: turn.per_batch_us),
@@ -84,7 +88,9 @@ def formats(bench: Bench) -> list[Figure]:
     ):
         blocks = 16
         if bench.quick:
-            rows //= 4
+            if name in ("pyarrow", "batch-size-32", "batch-size-4096"):
+                continue
+            rows //= 8
         ds = table_blocks(blocks, rows // blocks, 4)
         kwargs = {"batch_size": size, "batch_format": batch_format}
         rounds = bench.compare(ds, 2, kwargs, drive=drive)  # type: ignore[arg-type]
@@ -92,7 +98,7 @@ def formats(bench: Bench) -> list[Figure]:
             Figure(
                 name,
                 f"{rows} rows of 4 float64 in 16 blocks, {batch_format} batches of {size} rows,"
-                f" 2 consumers, `{drive}`: time from the first batch to the end, divided by batches",
+                f" 2 consumers, `{drive}`: time from first batch to end, divided by batches",
                 "us",
                 "same work",
                 values(rounds, lambda turn: turn.per_batch_us),
@@ -108,7 +114,7 @@ def formats(bench: Bench) -> list[Figure]:
 
 def blocks(bench: Bench) -> list[Figure]:
     """Many small blocks, handed out whole, one consumer."""
-    number = bench.pick(2_000, 1_000)
+    number = bench.pick(2_000, 500)
     ds = table_blocks(number, 100, 4)
     rounds = bench.compare(
         ds,
@@ -135,7 +141,7 @@ def turnaround(bench: Bench) -> list[Figure]:
 
 
 def _turnaround(bench: Bench, n: int) -> Figure:
-    epochs = bench.pick(6, 4)
+    epochs = bench.pick(6, 3)
     ds = table_blocks(4 * n, 256, 4)
     splits = split(ds, n)
     job = Job({"batch_size": 256, "batch_format": "numpy"})
@@ -177,7 +183,7 @@ def _waits(turn: Round, epochs: int) -> list[float]:
 def sizes(bench: Bench) -> list[Figure]:
     """How many bytes it takes to send an iterator to a worker."""
     raw: dict[str, list[float]] = {OURS: [], RAY: [], "dataset": []}
-    numbers = (10, 1_000, bench.pick(20_000, 5_000))
+    numbers = (10, 1_000, bench.pick(20_000, 2_000))
     for number in numbers:
         ds = table_blocks(number, 1, 4)
         splits = split(ds, 1)
@@ -201,7 +207,7 @@ def sizes(bench: Bench) -> list[Figure]:
 
 def shuffle(bench: Bench) -> list[Figure]:
     """A local shuffle buffer."""
-    rows = bench.pick(1_000_000, 400_000)
+    rows = bench.pick(1_000_000, 200_000)
     ds = table_blocks(16, rows // 16, 4)
     kwargs = {
         "batch_size": 256,
@@ -229,7 +235,7 @@ def shuffle(bench: Bench) -> list[Figure]:
 
 def wide(bench: Bench) -> list[Figure]:
     """A thousand columns in many small blocks."""
-    number = bench.pick(1_000, 200)
+    number = bench.pick(300, 50)
     ds = table_blocks(number, 10, 1_000)
     rounds = bench.compare(
         ds,
@@ -253,7 +259,7 @@ def wide(bench: Bench) -> list[Figure]:
 
 def straggler(bench: Bench) -> list[Figure]:
     """Four consumers, one of them ten times slower."""
-    number, fast_s, slow_s = bench.pick(240, 120), 0.005, 0.05
+    number, fast_s, slow_s = bench.pick(240, 80), 0.005, 0.05
     ds = table_blocks(number, 256, 4)
     ideal = 1e3 * _ideal_s(number, [fast_s] * 3 + [slow_s])
     iterators: dict[str, Sequence[Any]] = {
@@ -319,7 +325,7 @@ def _ideal_s(number: int, pauses: Sequence[float]) -> float:
 
 def loop(bench: Bench) -> list[Figure]:
     """How late other tasks are woken in the event loop that iterates."""
-    settings = {
+    settings: dict[str, tuple[Dataset, dict[str, Any], int]] = {
         "batches": (
             table_blocks(16, 125_000, 4),
             {"batch_size": 256, "batch_format": "numpy"},
@@ -331,7 +337,8 @@ def loop(bench: Bench) -> list[Figure]:
             bench.pick(4, 2),
         ),
     }
-    return [_loop(bench, name, *setting) for name, setting in settings.items()]
+    names = ["batches"] if bench.quick else [*settings]
+    return [_loop(bench, name, *settings[name]) for name in names]
 
 
 def _loop(bench: Bench, name: str, ds: Dataset, kwargs: dict[str, Any], epochs: int) -> Figure:
@@ -380,12 +387,13 @@ def _loop(bench: Bench, name: str, ds: Dataset, kwargs: dict[str, Any], epochs: 
 
 def telemetry(bench: Bench) -> list[Figure]:
     """What the metrics cost when nobody looks at them."""
-    settings = {
+    settings: dict[str, tuple[Dataset, int, dict[str, Any]]] = {
         "batches": (table_blocks(16, 125_000, 4), 2, {"batch_size": 256}),
         "blocks": (table_blocks(2_000, 100, 4), 1, {"batch_size": None}),
     }
     figures = []
-    for name, (ds, n, kwargs) in settings.items():
+    for name in ["batches"] if bench.quick else [*settings]:
+        ds, n, kwargs = settings[name]
         off = SplitOptions(telemetry=TelemetryConfig(enabled=False))
         iterators = {
             "on": asyncsplit.streaming_split(ds, n),
@@ -393,11 +401,11 @@ def telemetry(bench: Bench) -> list[Figure]:
         }
         job = Job({**kwargs, "batch_format": "numpy"})
         turns: dict[str, Callable[[], Round]] = {
-            side: lambda its=its: bench.consume(OURS, its, job)  # type: ignore[misc]
+            side: lambda its=its, job=job: bench.consume(OURS, its, job)  # type: ignore[misc]
             for side, its in iterators.items()
         }
         bench.take_turns(turns, 2)
-        rounds = bench.take_turns(turns, bench.pick(25, 5), rows=ds.count())
+        rounds = bench.take_turns(turns, bench.pick(15, 5), rows=ds.count())
         figures.append(
             Figure(
                 f"telemetry-{name}",
@@ -415,7 +423,7 @@ def telemetry(bench: Bench) -> list[Figure]:
 def many(bench: Bench) -> list[Figure]:
     """Many consumers, several in each of four processes."""
     figures = []
-    for n in (16, 64) if bench.quick else (16, 64, 128):
+    for n in (32,) if bench.quick else (16, 64, 128):
         ds = table_blocks(8 * n, 1_024, 4)
         rounds: Rounds = bench.compare(
             ds,
@@ -438,6 +446,87 @@ def many(bench: Bench) -> list[Figure]:
             )
         )
     return figures
+
+
+def way(bench: Bench) -> list[Figure]:
+    """What the single steps of a block's and a batch's way cost, one after the other."""
+    number, rows = 640, 125_000
+    small = table_blocks(number, 100, 4)
+    refs = [entry.ref for bundle in small.iter_internal_ref_bundles() for entry in bundle.blocks]
+    (large,) = ray.get(
+        [
+            entry.ref
+            for bundle in table_blocks(1, rows, 4).iter_internal_ref_bundles()
+            for entry in bundle.blocks
+        ]
+    )
+    per_block: dict[str, list[float]] = {"ray.wait": [], "fetch": [], "to numpy": []}
+    per_batch: dict[str, list[float]] = {"pipeline": [], "stream": [], BY_HAND: []}
+    arrays = {name: large[name].to_numpy() for name in large.column_names}
+    for _ in range(bench.pick(40, 10)):
+        times = [perf_counter()]
+        groups = [refs[start : start + 64] for start in range(0, number, 64)]
+        for group in groups:
+            ray.wait(group, num_returns=len(group), timeout=0, fetch_local=True)
+        times.append(perf_counter())
+        fetched = [block for group in groups for block in engine.get_ready(group)]
+        times.append(perf_counter())
+        _exhaust(_pipeline(fetched, None).batches)
+        times.append(perf_counter())
+        for step, (begin, end) in zip(per_block, pairwise(times), strict=True):
+            per_block[step].append(1e6 * (end - begin) / number)
+        for step, took_s in {
+            "pipeline": _exhaust(_pipeline([large], 256).batches),
+            "stream": asyncio.run(_exhaust_stream(_pipeline([large], 256))),
+            BY_HAND: _exhaust(views([arrays], 256)),
+        }.items():
+            per_batch[step].append(1e6 * took_s / (rows / 256))
+    return [
+        Figure(
+            "way-block",
+            "steps in the consumer for one of many blocks of 100 rows of 4 float64, handed out"
+            " whole as numpy: finding out that it is here, fetching it, converting it",
+            "us",
+            "only one side has it",
+            per_block,
+        ),
+        Figure(
+            "way-batch",
+            "steps for one numpy batch of 256 rows of 4 float64: the pipeline alone, the pipeline"
+            " within `async for` over a stream that is never out of blocks, and cut by hand",
+            "us",
+            "only one side has it",
+            per_batch,
+        ),
+    ]
+
+
+def _pipeline(blocks: Sequence[Any], batch_size: int | None) -> Pipeline:
+    pipeline = Pipeline(batch_size=batch_size, batch_format="numpy")
+    for block in blocks:
+        pipeline.add(block, 0, len(block))
+    pipeline.finish()
+    return pipeline
+
+
+def _exhaust(batches: Iterable[Any]) -> float:
+    began = perf_counter()
+    for _ in batches:
+        pass
+    return perf_counter() - began
+
+
+async def _exhaust_stream(pipeline: Pipeline) -> float:
+    stream: BatchStream[Any] = BatchStream(
+        Consumer(None, 0, 0),  # type: ignore[arg-type]
+        lambda: pipeline,
+        prefetch_batches=1,
+        batch_size=256,
+    )
+    began = perf_counter()
+    async for _ in stream:
+        pass
+    return perf_counter() - began
 
 
 def _by_hand(bench: Bench, ds: Dataset, n: int, size: int) -> Callable[[], Round]:
@@ -478,5 +567,6 @@ ALL = {
         loop,
         telemetry,
         many,
+        way,
     )
 }

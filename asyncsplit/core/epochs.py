@@ -8,7 +8,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from asyncsplit.errors import ConsumerConflictError, StaleEpochError, StreamClosedError
+from asyncsplit.core.ledger import FINISHED, Position
+from asyncsplit.errors import (
+    ConsumerConflictError,
+    StaleEpochError,
+    StateMismatchError,
+    StreamClosedError,
+)
 
 
 class Stream(NamedTuple):
@@ -44,6 +50,8 @@ class Epochs:
     active: dict[int, Stream] = field(default_factory=dict)
     dead: set[str] = field(default_factory=set)
     """Consumers known to have died: whoever comes for their split replaces them."""
+    positions: dict[int, Position] = field(default_factory=dict)
+    """Where those who have arrived stand, as far as they know."""
     _closed: dict[int, Stream] = field(default_factory=dict)
 
     @property
@@ -76,11 +84,12 @@ class Epochs:
         """Return the stream that reads a split or waits to read it."""
         return self.active.get(split) or self.arrived.get(split)
 
-    def arrive(self, split: int, stream: Stream) -> bool:
+    def arrive(self, split: int, stream: Stream, position: Position | None = None) -> bool:
         """Note that a stream waits for the next epoch; repeating the message changes nothing.
 
         Where the split's consumer has died in the middle of an epoch, the newcomer takes its
-        place there instead of waiting.
+        place there instead of waiting. ``position`` is where the consumer stands, if it has read
+        the split before; it counts where nobody else knows: before the first epoch.
 
         Returns:
             Whether the stream reads the epoch under way, in place of one that died.
@@ -88,8 +97,14 @@ class Epochs:
         Raises:
             ConsumerConflictError: If another consumer holds the split, and is not known to be dead.
             StaleEpochError: If the same consumer has a later stream.
+            StateMismatchError: If a saved position comes after the first epoch has begun.
             StreamClosedError: If the stream was closed before this message came.
         """
+        if position and position.saved and self.epoch >= 0:
+            raise StateMismatchError(
+                f"split {split} cannot resume in epoch {position.epoch}: the split is at epoch"
+                f" {self.epoch} already. Load states into a new split, before iterating"
+            )
         if self.is_closed(split, stream):
             raise StreamClosedError(
                 f"this stream over split {split} was closed while it waited for its epoch"
@@ -111,6 +126,9 @@ class Epochs:
             )
         if self.active.get(split) != stream:
             self.arrived[split] = stream
+            self.positions.pop(split, None)
+            if position:
+                self.positions[split] = position
         return False
 
     def die(self, split: int, stream: Stream) -> bool:
@@ -125,12 +143,28 @@ class Epochs:
             return True
         return self.active.get(split) == stream
 
-    def open(self) -> int:
-        """Begin to start the next epoch, with everybody who has arrived; return its number."""
+    def open(self) -> dict[int, Position]:
+        """Begin to start the next epoch, with everybody who has arrived.
+
+        A coordinator that has not opened any takes the earliest epoch that somebody wants; who
+        wants the one after it has finished that epoch, and stays at the barrier.
+
+        Returns:
+            Where splits stand that are in this epoch, or past it.
+        """
+        positions, self.positions = self.positions, {}
+        if self.epoch < 0:
+            self.epoch = min((p.epoch for p in positions.values()), default=0) - 1
         self.epoch += 1
         self.phase = Phase.STARTING
-        self.active, self.arrived = self.arrived, {}
-        return self.epoch
+        finished = {s for s, p in positions.items() if p.epoch == self.epoch + 1}
+        self.active = {s: v for s, v in self.arrived.items() if s not in finished}
+        self.arrived = {s: v for s, v in self.arrived.items() if s in finished}
+        self.positions = {s: positions[s] for s in finished}
+        past = dict.fromkeys(finished, Position(self.epoch, rows=FINISHED))
+        return past | {
+            s: p for s, p in positions.items() if (p.rows or p.fed) and p.epoch == self.epoch
+        }
 
     def started(self) -> None:
         """Note that blocks can be delivered."""

@@ -5,12 +5,37 @@ how far it has come; both are absolute, so a message that is lost, repeated or l
 and a replacement that reads from the committed position gets just what was not finished.
 """
 
+import zlib
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
 from asyncsplit.core.routing import Part, RowsRouter
+from asyncsplit.errors import StateMismatchError
+
+
+class Position(NamedTuple):
+    """Where a consumer stands: the epoch it wants to read, and how much of it is finished."""
+
+    epoch: int
+    rows: int = 0
+    """Rows of the split the training loop has finished with."""
+    check: int = 0
+    """Fingerprint of the leases these rows are in."""
+    fed: int = 0
+    """Number of the first lease it has not begun; it keeps what it has begun."""
+    saved: bool = False
+    """Whether it comes from a state saved by an earlier run."""
+
+
+FINISHED = 2**62
+"""More rows than any epoch has: the position of a split that has finished the epoch."""
+
+
+def fingerprint(before: int, rows: int) -> int:
+    """Add a lease of so many rows to the fingerprint of the leases before it."""
+    return zlib.crc32(rows.to_bytes(8, "little"), before)
 
 
 class Lease(NamedTuple):
@@ -29,8 +54,13 @@ class Lease(NamedTuple):
 class SplitLog:
     """One split's leases, oldest first, from the first that is not wholly committed."""
 
-    def __init__(self) -> None:
-        """Start an empty log."""
+    def __init__(self, split: int = 0, resume: Position | None = None) -> None:
+        """Start an empty log; rows finished before ``resume`` will count as committed."""
+        self.check = 0
+        """Fingerprint of the leases no longer held."""
+        self._split = split
+        self._resume = resume or Position(0)
+        self._verified = self._resume.rows in (0, FINISHED)
         self.assigned_rows = 0
         self.committed_rows = 0
         self.truncated_rows = 0
@@ -63,12 +93,45 @@ class SplitLog:
             self.assigned_rows += part.rows
             self.truncated_rows += part.rows
             return False
-        self._leases.append(Lease(self.next_seq, part, self.assigned_rows))
+        lease = Lease(self.next_seq, part, self.assigned_rows)
+        if lease.end_row > self._resume.rows:
+            inside = lease.first_row < self._resume.rows
+            self._verify(fingerprint(self.check, part.rows) if inside else self.check)
         self.next_seq += 1
         self.assigned_rows += part.rows
+        self.committed_rows = max(self.committed_rows, min(self._resume.rows, self.assigned_rows))
+        if lease.end_row <= self._resume.rows:
+            self.check = fingerprint(self.check, part.rows)
+            self._fed = self.next_seq
+            return False
+        self._leases.append(lease)
         self.leased_bytes += part.size_bytes
-        self.waiting_bytes += part.size_bytes
+        if lease.seq < self._resume.fed:
+            self._fed = self.next_seq
+        else:
+            self.waiting_bytes += part.size_bytes
         return True
+
+    def finish(self) -> None:
+        """Note that no more parts come.
+
+        Raises:
+            StateMismatchError: If the position to resume from was not reached.
+        """
+        reached = self.assigned_rows >= self._resume.rows
+        self._verify(self.check if reached else None)
+
+    def _verify(self, check: int | None) -> None:
+        """Compare what was skipped with what the position to resume from says."""
+        if self._verified:
+            return
+        self._verified = True
+        if check != self._resume.check:
+            raise StateMismatchError(
+                f"split {self._split} cannot go on after row {self._resume.rows} of epoch"
+                f" {self._resume.epoch}: the dataset's blocks are not those that were read before."
+                " Use the same dataset, of the same blocks in the same order"
+            )
 
     def read(self, cursor: int, *, max_leases: int) -> Sequence[Lease]:
         """Return leases from number ``cursor`` on; reading changes nothing.
@@ -93,18 +156,23 @@ class SplitLog:
         Raises:
             ValueError: If more is acknowledged than was leased.
         """
-        if rows > self.assigned_rows - self.truncated_rows or fed > self.next_seq:
+        deliverable = self.assigned_rows - self.truncated_rows
+        # A consumer that resumes is ahead of the log until all it has had is produced again.
+        ahead = self.assigned_rows < self._resume.rows or self.next_seq < self._resume.fed
+        if not ahead and (rows > deliverable or fed > self.next_seq):
             raise ValueError(
                 f"acknowledged {rows} rows and {fed} leases,"
-                f" but only {self.assigned_rows - self.truncated_rows} and {self.next_seq} exist"
+                f" but only {deliverable} and {self.next_seq} exist"
             )
-        self.committed_rows = max(self.committed_rows, rows)
+        self.committed_rows = max(self.committed_rows, min(rows, deliverable))
         self._shuffled = low is not None
-        while self._fed < fed:
+        while self._fed < min(fed, self.next_seq):
             self.waiting_bytes -= self._at(self._fed).part.size_bytes
             self._fed += 1
         while self._fed > self.first_seq and self._finished(self._leases[0], low):
-            self.leased_bytes -= self._leases.popleft().part.size_bytes
+            part = self._leases.popleft().part
+            self.leased_bytes -= part.size_bytes
+            self.check = fingerprint(self.check, part.rows)
 
     def leave(self) -> None:
         """Truncate what is leased and all that comes: the consumer takes no more."""
@@ -114,19 +182,22 @@ class SplitLog:
         self._fed = self.next_seq
         self._leases.clear()
 
-    def rewind(self) -> tuple[int, int]:
+    @property
+    def skip_rows(self) -> int:
+        """How many rows of the oldest lease held are committed."""
+        begin = self._leases[0].first_row if self._leases else self.assigned_rows
+        return self.committed_rows - begin
+
+    def rewind(self) -> None:
         """Let a new consumer begin at the first row that is not committed.
 
-        Returns:
-            The number of the lease to read from, and how many rows of it are committed. Of a
-            consumer that shuffled, none count as that: which rows they were died with it.
+        After a consumer that shuffled, that is the first row of the oldest lease held: which
+        rows of the others it had finished with died with it.
         """
         self._fed = self.first_seq
         self.waiting_bytes = self.leased_bytes
-        begin = self._leases[0].first_row if self._leases else self.assigned_rows
         if self._shuffled:
-            self.committed_rows = begin
-        return self.first_seq, self.committed_rows - begin
+            self.committed_rows -= self.skip_rows
 
     def _at(self, seq: int) -> Lease:
         return self._leases[seq - self.first_seq]
@@ -138,9 +209,19 @@ class SplitLog:
 class Ledger:
     """All splits' logs of one epoch, filled by a router within each split's budget of bytes."""
 
-    def __init__(self, n: int, router: RowsRouter, budget_bytes: int) -> None:
-        """Start an epoch: no rows yet, every split present and hungry."""
-        self.logs = [SplitLog() for _ in range(n)]
+    def __init__(
+        self,
+        n: int,
+        router: RowsRouter,
+        budget_bytes: int,
+        resume: Mapping[int, Position] | None = None,
+    ) -> None:
+        """Start an epoch: no rows yet, every split present and hungry.
+
+        ``resume`` says how far splits have already come; their rows up to there are committed as
+        they are produced.
+        """
+        self.logs = [SplitLog(split, (resume or {}).get(split)) for split in range(n)]
         self.router = router
         self.produced_rows = 0
         self.finished = False
@@ -165,9 +246,16 @@ class Ledger:
             self.router.add(part)
 
     def finish(self) -> None:
-        """Note that the dataset has no more parts this epoch."""
+        """Note that the dataset has no more parts this epoch, and lease what was held back.
+
+        Raises:
+            StateMismatchError: If a position to resume from was not reached.
+        """
         self.finished = True
         self.router.finish()
+        self.route()
+        for log in self.logs:
+            log.finish()
 
     def route(self) -> set[int]:
         """Lease what can be assigned now; return the splits that got something."""
@@ -177,7 +265,8 @@ class Ledger:
                 if self.logs[split].append(part):
                     got.add(split)
                     self.leased_bytes += part.size_bytes
-                    self._hungry.discard(split)
+                    if self.logs[split].waiting:
+                        self._hungry.discard(split)
         return got
 
     def acknowledge(self, split: int, rows: int, *, fed: int, low: int | None = None) -> None:
@@ -196,12 +285,11 @@ class Ledger:
         self.leased_bytes -= self.logs[split].leased_bytes
         self.logs[split].leave()
 
-    def rewind(self, split: int) -> tuple[int, int]:
+    def rewind(self, split: int) -> None:
         """Let a new consumer take a split over; see `SplitLog.rewind`."""
-        position = self.logs[split].rewind()
+        self.logs[split].rewind()
         if self.logs[split].waiting:
             self._hungry.discard(split)
-        return position
 
     def blockers(self) -> Collection[int]:
         """Name the splits whose full budgets keep blocks from all others."""

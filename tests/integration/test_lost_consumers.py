@@ -47,7 +47,7 @@ class Reader:
 @pytest.fixture
 def start() -> Iterator[Any]:
     """Return a function that starts a Reader; all are killed at the end."""
-    readers = []
+    readers: list[Any] = []
 
     def start(it: AsyncDataIterator, **kwargs: Any) -> Any:
         readers.append(ray.remote(Reader).options(num_cpus=0).remote(it, **kwargs))
@@ -69,9 +69,7 @@ async def committed(it: AsyncDataIterator, split: int) -> int:
 
 
 @pytest.mark.parametrize("death", ["SIGKILL", "ray.kill"])
-async def test_a_replacement_goes_on_from_the_first_uncommitted_row(
-    death: str, start: Any
-) -> None:
+async def test_a_replacement_goes_on_from_the_first_uncommitted_row(death: str, start: Any) -> None:
     first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
     victim, others = start(first), asyncio.create_task(read(second))
     seen: list[list[int]] = [await victim.next.remote() for _ in range(12)]
@@ -206,7 +204,7 @@ async def test_a_retried_task_goes_on() -> None:
         return ids
 
     (it,) = asyncsplit.streaming_split(thousand(), 1)
-    marker = f"/tmp/asyncsplit-retried-{os.getpid()}"  # noqa: S108
+    marker = f"/tmp/asyncsplit-retried-{os.getpid()}"
     try:
         ids = await ray.remote(train).options(num_cpus=0, max_retries=1).remote(it, marker)
     finally:

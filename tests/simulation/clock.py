@@ -3,7 +3,6 @@
 import asyncio
 import selectors
 from collections.abc import Callable
-from random import Random
 from typing import Any
 
 
@@ -28,11 +27,12 @@ class _NoFiles(selectors.SelectSelector):
 class VirtualLoop(asyncio.SelectorEventLoop):
     """Runs callbacks at once, timers in their order, blocking calls inline and late."""
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self) -> None:
         self._files = _NoFiles()
         super().__init__(self._files)
-        self._random = random
         self.after_step: Callable[[], None] = lambda: None
+        self.seconds_of: Callable[..., float] = lambda func, *args: 0.0
+        """How long a blocking call takes."""
 
     def time(self) -> float:
         """Return the virtual time in seconds."""
@@ -48,7 +48,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def run_in_executor(  # type: ignore[override]
         self, executor: object, func: Callable[..., Any], *args: Any
     ) -> "asyncio.Future[Any]":
-        """Call it after as long as a blocking call takes."""
+        """Make a blocking call, and be done after as long as it takes."""
         done: asyncio.Future[Any] = self.create_future()
 
         def call() -> None:
@@ -59,11 +59,5 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             except Exception as error:
                 done.set_exception(error)
 
-        self.call_later(seconds_of(func, self._random), call)
+        self.call_later(self.seconds_of(func, *args), call)
         return done
-
-
-def seconds_of(func: Callable[..., Any], random: Random) -> float:
-    """Return how long a blocking call takes; it may say so itself."""
-    choose: Callable[[Random], float] | None = getattr(func, "seconds", None)
-    return choose(random) if choose else random.choice((0.0, 0.01, 0.1))

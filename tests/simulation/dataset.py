@@ -16,6 +16,9 @@ from asyncsplit.pump import Pump
 
 ROW_BYTES = 8
 
+BUNDLE_BLOCKS = (0, 1, 1, 1, 2, 3)
+"""How many blocks a bundle has, drawn from these."""
+
 
 class DatasetError(Exception):
     """What the dataset's own code raises."""
@@ -86,6 +89,16 @@ class FakeDataset:
     context: Context = field(default_factory=lambda: Context(preserve_order=True))
     running: "FakeExecution | None" = None
 
+    @property
+    def largest_bundle_bytes(self) -> int:
+        """What the pump may take beyond its credit."""
+        return max(BUNDLE_BLOCKS) * self.largest_block_rows * ROW_BYTES
+
+    def seconds_of(self, func: Callable[..., Any], *args: object) -> float:
+        """Return how long a blocking call takes: a start as long as actors take to come up."""
+        longest = self.slow_start_s if func == FakeExecution.start else 0.1
+        return self.random.uniform(0.0, longest)
+
     def bundles(self, epoch: int) -> Iterator[Bundle]:
         """Produce one epoch."""
         fails_after = self.random.randrange(self.rows) if epoch in self.failures else None
@@ -94,7 +107,7 @@ class FakeDataset:
             if fails_after is not None and first >= fails_after:
                 raise DatasetError(epoch)
             bundle = []
-            for _ in range(self.random.choice((0, 1, 1, 1, 2, 3))):
+            for _ in range(self.random.choice(BUNDLE_BLOCKS)):
                 rows = min(self.random.randint(1, self.largest_block_rows), self.rows - first)
                 before = self.random.choice((0, 0, 0, 3))
                 slow = self.random.random() < 0.3
@@ -108,7 +121,7 @@ class FakeDataset:
                 first += rows
                 if first == self.rows:
                     break
-            yield Bundle(tuple(block for block in bundle if block.stop > block.start), None)
+            yield Bundle(tuple(bundle), None)
         if fails_after is not None:
             raise DatasetError(epoch)
 
@@ -148,11 +161,6 @@ class FakeExecution:
     def seconds_to_next(self) -> float:
         random = self._dataset.random
         return random.uniform(0.0, 0.02) if random.random() < 0.9 else random.uniform(0.0, 3.0)
-
-
-def start_seconds(dataset: FakeDataset, random: Random) -> float:
-    """Return how long a start takes: sometimes as long as actors take to come up."""
-    return random.uniform(0.0, dataset.slow_start_s)
 
 
 class PumpThread:

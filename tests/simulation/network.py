@@ -9,8 +9,6 @@ from typing import Any
 
 from ray.exceptions import ActorDiedError, OwnerDiedError
 
-from asyncsplit.wire import Failure
-
 RETRY_S = 0.5
 """After which time a message or reply that was lost is sent again."""
 
@@ -27,7 +25,7 @@ class Weather:
     lost: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Process:
     """Where consumers run: what it has sent arrives, also after its death."""
 
@@ -70,9 +68,13 @@ class Call:
         """Return when the call has, or raise once the caller's process is known to be dead."""
         died = self._loop.create_future()
 
+        def tell() -> None:
+            if not died.done():
+                died.set_result(None)
+
         def mourn() -> None:
             late = random.Random(self._process.name).uniform(0.01, DEATH_NEWS_S)
-            self._loop.call_later(late, lambda: died.done() or died.set_result(None))
+            self._loop.call_later(late, tell)
 
         if self._process.alive:
             self._process.deaths.append(mourn)
@@ -96,6 +98,7 @@ class Network:
         self._random = random
         self.coordinator: Any = None
         self.tasks: dict[asyncio.Task[None], str] = {}
+        """What the coordinator is at work on."""
         self.messages = 0
 
     def handle(self, process: Process) -> "Handle":
@@ -113,6 +116,10 @@ class Network:
             self._carry(call, process, method, args)
         return call
 
+    def parked(self, but: str = "") -> list[str]:
+        """Name the calls that have not returned, other than of one method."""
+        return [what for what in self.tasks.values() if what.split("(")[0] != but]
+
     def _carry(self, call: Call, process: Process, method: str, args: tuple[Any, ...]) -> None:
         self.messages += 1
 
@@ -122,7 +129,7 @@ class Network:
 
         def deliver() -> None:
             task = self._loop.create_task(self._serve(call, send, method, args))
-            self.tasks[task] = f"{method}{args[:3]} of {process.name}"
+            self.tasks[task] = f"{method}{args[:2]} of {process.name}"
             task.add_done_callback(self.tasks.pop)
 
         if method != "hold" and self._chance(self._weather.lost):
@@ -169,8 +176,3 @@ class _Method:
     def remote(self, *args: Any) -> Call:
         """Call it."""
         return self.network.send(self.process, self.name, args)
-
-
-def failure(reply: Any) -> BaseException | None:
-    """Return the error a reply stands for, if it is one."""
-    return reply.unpack() if isinstance(reply, Failure) else None

@@ -25,7 +25,8 @@ def test_the_barrier_opens_when_each_split_has_arrived() -> None:
     assert epochs.missing == [1]
     epochs.arrive(1, B1)
     assert epochs.ready
-    assert epochs.open() == 0
+    epochs.open()
+    assert epochs.epoch == 0
     assert epochs.phase is Phase.STARTING
     assert epochs.active == {0: A1, 1: B1}
     assert not epochs.arrived
@@ -64,7 +65,8 @@ def test_the_next_epoch_waits_for_those_still_in_this_one() -> None:
     epochs.over()
     epochs.arrive(1, Stream("b", 2))
     assert epochs.ready
-    assert epochs.open() == 1
+    epochs.open()
+    assert epochs.epoch == 1
 
 
 def test_repeating_an_arrival_in_a_running_epoch_changes_nothing() -> None:
@@ -111,3 +113,107 @@ def test_a_message_about_a_past_epoch_is_stale() -> None:
     epochs.over()
     with pytest.raises(StaleEpochError):
         epochs.check(0, 0, A1)
+
+
+def test_a_death_at_the_barrier_makes_the_split_missing_again() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1)
+    assert epochs.die(0, A1)
+    assert epochs.missing == [0, 1]
+    assert not epochs.arrive(0, B1), "who comes now waits like everybody"
+    assert epochs.arrived == {0: B1}
+
+
+@pytest.mark.parametrize("phase", [Phase.STARTING, Phase.RUNNING])
+def test_whoever_comes_for_a_dead_consumers_split_takes_its_place(phase: Phase) -> None:
+    epochs = running()
+    epochs.phase = phase
+    other = Stream("other", 1)
+    assert epochs.die(0, A1)
+    assert epochs.active[0] == A1, "the place is kept"
+    assert epochs.arrive(0, other)
+    assert epochs.active == {0: other, 1: B1}
+    assert not epochs.arrived
+    epochs.check(0, 0, other)
+
+
+def test_repeating_the_arrival_that_took_a_place_changes_nothing() -> None:
+    epochs = running()
+    epochs.die(0, A1)
+    other = Stream("other", 1)
+    epochs.arrive(0, other)
+    assert not epochs.arrive(0, other)
+    assert epochs.active[0] == other
+    assert not epochs.arrived
+
+
+def test_who_was_replaced_is_fenced_and_takes_nothing_along() -> None:
+    epochs = running()
+    epochs.die(0, A1)
+    other = Stream("other", 1)
+    epochs.arrive(0, other)
+    with pytest.raises(ConsumerConflictError, match="split 0 was taken over by another consumer"):
+        epochs.check(0, 0, A1)
+    assert not epochs.leave(0, A1), "its closing message comes too late to matter"
+    with pytest.raises(ConsumerConflictError, match="already being consumed"):
+        epochs.arrive(0, A2)
+    assert epochs.active[0] == other
+
+
+def test_the_replacement_of_a_dead_replacement_takes_the_place_too() -> None:
+    epochs = running()
+    epochs.die(0, A1)
+    epochs.arrive(0, Stream("second", 1))
+    with pytest.raises(ConsumerConflictError):
+        epochs.arrive(0, Stream("third", 1))
+    assert epochs.die(0, Stream("second", 1))
+    assert epochs.arrive(0, Stream("third", 1))
+
+
+def test_only_the_split_of_the_dead_is_free() -> None:
+    epochs = running()
+    epochs.die(0, A1)
+    with pytest.raises(ConsumerConflictError, match="split 1"):
+        epochs.arrive(1, Stream("other", 1))
+
+
+def test_a_death_after_leaving_concerns_nobody() -> None:
+    epochs = running()
+    epochs.leave(0, A1)
+    assert not epochs.die(0, A1)
+    assert epochs.active == {1: B1}
+
+
+def test_a_death_that_is_known_before_the_arrival_counts_from_then_on() -> None:
+    epochs = Epochs(2)
+    assert not epochs.die(0, A1)
+    epochs.arrive(0, A1)
+    assert not epochs.arrive(0, B1), "a place at the barrier is nothing to go on with"
+    assert epochs.arrived == {0: B1}
+
+
+def test_an_epoch_can_end_without_its_dead() -> None:
+    epochs = running()
+    epochs.die(0, A1)
+    epochs.over()
+    assert epochs.holder(0) is None
+    assert not epochs.arrive(0, Stream("other", 1))
+
+
+def test_a_stream_is_closed_with_all_before_it_and_none_after() -> None:
+    epochs = Epochs(1)
+    epochs.leave(0, A2)
+    assert epochs.is_closed(0, A1)
+    assert epochs.is_closed(0, A2)
+    assert not epochs.is_closed(0, Stream("a", 3))
+    assert not epochs.is_closed(0, B1)
+    epochs.leave(0, A1)
+    assert epochs.is_closed(0, A2), "closing messages may overtake each other"
+
+
+def test_a_closing_message_between_two_streams_leaves_the_later_one_alone() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1)
+    epochs.arrive(0, A2)
+    assert not epochs.leave(0, A1)
+    assert epochs.arrived == {0: A2}

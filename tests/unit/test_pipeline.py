@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.data.block import BlockAccessor
 
 from asyncsplit import engine
+from asyncsplit.core.shuffle import ShufflePlan
 from asyncsplit.formats import SUPPORTED_FORMATS, block_rows, resolve_batch_format
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from tests.same import assert_same, feed
@@ -23,6 +24,9 @@ from tests.same import assert_same, feed
 pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame")
 
 FORMATS = ["numpy", "pandas", "pyarrow", None]
+
+# Converting takes milliseconds: fewer examples than of what only counts.
+fewer = settings(max_examples=settings().max_examples // 10 + 50)
 
 formats = st.sampled_from(FORMATS)
 counts_of_rows = st.lists(st.integers(0, 25), max_size=8)
@@ -89,6 +93,7 @@ def ids(batches: list[Any]) -> list[int]:
     return [int(row) for batch in batches for row in np.asarray(batch["id"])]
 
 
+@fewer
 @given(counts_of_rows, st.none() | batch_sizes, formats, st.booleans())
 def test_batches_of_arrow_blocks(
     counts: list[int], batch_size: int | None, batch_format: str | None, drop_last: bool
@@ -103,6 +108,7 @@ def test_batches_of_arrow_blocks(
         assert pipeline.rows_dropped == 0
 
 
+@fewer
 @given(
     st.lists(st.integers(0, 9), max_size=5), st.none() | st.integers(1, 9), formats, st.booleans()
 )
@@ -114,6 +120,7 @@ def test_batches_of_pandas_blocks(
     assert_same(batches, expected(counts, frame, batch_size, batch_format, drop_last))
 
 
+@fewer
 @given(
     counts_of_rows,
     batch_sizes,
@@ -149,6 +156,7 @@ def test_rows_outside_of_start_and_stop_are_left_out(
 
 
 @pytest.mark.parametrize("shuffle", [None, 20])
+@fewer
 @given(counts_of_rows, batch_sizes, formats, st.lists(st.integers(0, 4)))
 def test_batches_do_not_depend_on_when_blocks_come(
     shuffle: int | None,
@@ -321,6 +329,7 @@ def test_closing_lets_go_of_everything(kind: str) -> None:
     pipeline.close()
 
 
+@fewer
 @given(counts_of_rows, batch_sizes, st.integers(1, 60), formats, st.booleans(), st.booleans())
 def test_shuffled_batches(
     counts: list[int],
@@ -358,6 +367,20 @@ def test_shuffled_batches(
     assert_same(batches, wanted)
 
 
+def planned(plan: ShufflePlan, counts: Iterator[int]) -> list[int]:
+    rows: list[int] = []
+    while True:
+        while plan.wants_input:
+            if (count := next(counts, None)) is None:
+                plan.finish()
+            else:
+                plan.add(count)
+        plan.refill()
+        if not len(places := plan.draw()):
+            return rows
+        rows += plan.input_rows(places).tolist()
+
+
 def mixed_blocks() -> list[Any]:
     """Columns that are plain memory in some blocks only, and blocks of unlike types."""
     return [
@@ -375,9 +398,12 @@ def test_unlike_blocks_are_shuffled_together(
     batch_format: str | None, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("asyncsplit.pipeline.SMALL_BYTES", small)
-    pipeline = Pipeline(batch_size=7, batch_format=batch_format, shuffle_buffer_size=25)
-    batches = list(feed(pipeline, mixed_blocks()))
-    assert sorted(ids(batches)) == list(range(340))
+    pipeline = Pipeline(
+        batch_size=7, batch_format=batch_format, shuffle_buffer_size=25, shuffle_seed=2
+    )
+    blocks = mixed_blocks()
+    batches = list(feed(pipeline, blocks))
+    assert ids(batches) == planned(ShufflePlan(25, 7, seed=2), map(len, blocks))
     x = np.concatenate([np.asarray(batch["x"], float) for batch in batches])
     values = dict(zip(ids(batches), x.tolist(), strict=True))
     expect = [1.0] * 10 + [np.nan] * 10 + [0.5] * 10 + [2.5] * 10 + [3.0] * 300

@@ -7,11 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asyncsplit.core import shuffle
 from asyncsplit.core.shuffle import ShufflePlan
 
 counts_of_rows = st.lists(st.integers(0, 40), max_size=30)
 sizes = st.integers(1, 30)
 seeds = st.integers(0, 2**63)
+
+
+@pytest.fixture(params=[False, True], ids=["few rows", "many rows"], scope="module", autouse=True)
+def many_rows(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Have a plan do with a few rows what it does otherwise with very many."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(shuffle, "DRAW_ROWS", 8)
+            patch.setattr(shuffle, "_SCAN_RATIO", 0)
+        yield
 
 
 def advance(plan: ShufflePlan, blocks: Iterator[int]) -> list[int]:
@@ -125,14 +136,25 @@ def test_a_small_input_is_permuted_uniformly(buffer_size: int) -> None:
     assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
 
 
-def test_drawing_a_few_of_many_rows_is_uniform() -> None:
-    rows, bins = 200_000, 50
+def test_a_large_input_is_mixed_throughout() -> None:
+    rows, bins = 100_000, 50
     drawn = order([rows], 10, 100, 3)
     assert sorted(drawn) == list(range(rows))
     first = np.bincount(np.array(drawn[: rows // 10]) * bins // rows, minlength=bins)
     expected = rows / 10 / bins
     assert ((first - expected) ** 2 / expected).sum() < bins + 5 * (2 * bins) ** 0.5
     assert abs(np.corrcoef(drawn, np.arange(rows))[0, 1]) < 5 / rows**0.5
+
+
+def test_places_carried_over_ascend() -> None:
+    plan = ShufflePlan(40, 4, 1)
+    for _ in range(30):
+        while plan.wants_input:
+            plan.add(7)
+        if (carried := plan.refill()) is not None:
+            assert (np.diff(carried) > 0).all()
+            assert plan.oldest_row() == plan.input_rows(np.arange(len(carried) + 7)).min()
+        plan.draw()
 
 
 def test_rows_travel_as_far_as_the_buffer_allows() -> None:

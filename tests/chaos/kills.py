@@ -1,0 +1,240 @@
+"""Kill consumers and the dataset's workers at random points, and see what the others get.
+
+The plan of the kills follows from a seed; where exactly they hit does not, so what is checked
+holds wherever they do.
+"""
+
+import asyncio
+import os
+import signal
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import ray
+
+import asyncsplit
+from asyncsplit.wire import Status
+from tests.chaos.consumers import STOP, Consumer, diary, note_pid
+from tests.integration.consume import eventually
+
+ROWS = 2000
+BLOCKS = 40
+BOUND_S = 60.0
+"""How long nothing may come of anything: an epoch takes about a second."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill of a plan."""
+
+    after_s: float
+    """Seconds since the one before."""
+    split: int | None
+    """Whose consumer; None for a worker of the dataset."""
+    midway: bool
+    """Wait for the split to be in the middle of an epoch; else hit whatever it is at."""
+    replaced_after_s: float
+
+
+def plan(kills: int, n: int, seed: int) -> list[Kill]:
+    """Return the kills of a seed."""
+    random = Random(seed)
+    return [
+        Kill(
+            # Often at once: the one that has just come, or is about to, is killed as well.
+            random.choice((0.0, 0.05, random.uniform(0, 1), random.uniform(0, 3))),
+            None if number % 3 == 2 else random.randrange(n),
+            number % 2 == 0,
+            random.choice((0.0, 0.0, random.uniform(0, 2))),
+        )
+        for number in range(kills)
+    ]
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    epochs: int = 0
+    consumers_killed: int = 0
+    workers_killed: int = 0
+    taken_over: int = 0
+    redelivered_rows: int = 0
+
+
+@dataclass
+class Chaos:
+    """One job and its kills."""
+
+    n: int
+    equal: bool
+    seed: int
+    kills: int
+    say: Callable[[str], None] = lambda _: None
+    report: Report = field(default_factory=Report)
+    _running: dict[int, tuple[Any, "ray.ObjectRef[Any]"]] = field(default_factory=dict)
+    _incarnations: list[int] = field(default_factory=list)
+    _committed: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
+    """For a consumer that was killed: the epoch and its committed rows, shortly before."""
+
+    async def run(self) -> Report:
+        """Kill by plan; raise AssertionError for a row that was lost or came once too often."""
+        with tempfile.TemporaryDirectory(prefix="asyncsplit-chaos-") as self._directory:
+            ds = ray.data.range(ROWS, override_num_blocks=BLOCKS)
+            ds = ds.map_batches(note_pid, fn_args=(self._directory,))  # type: ignore[arg-type]
+            ds.context.execution_options.preserve_order = True
+            self._its = asyncsplit.streaming_split(ds, self.n, equal=self.equal)
+            self._incarnations = [0] * self.n
+            self._spares = [_spare() for _ in range(2)]
+            try:
+                await self._kill_all()
+            finally:
+                for actor in (*self._spares, *(actor for actor, _ in self._running.values())):
+                    ray.kill(actor)
+                await self._its[0].shutdown()
+            self._check()
+        return self.report
+
+    async def _kill_all(self) -> None:
+        replacing: dict[int, asyncio.Task[None]] = {}
+        for split in range(self.n):
+            await self._start(split, 0.0)
+        for number, kill in enumerate(plan(self.kills, self.n, self.seed)):
+            await asyncio.sleep(kill.after_s)
+            if kill.split is None:
+                await self._kill_worker(number)
+                continue
+            if kill.split in replacing:
+                await replacing.pop(kill.split)
+            if kill.midway:
+                await asyncio.gather(*replacing.values())
+                await self._until_midway(kill.split)
+            await self._kill_consumer(number, kill.split)
+            replacing[kill.split] = asyncio.create_task(
+                self._start(kill.split, kill.replaced_after_s)
+            )
+        await asyncio.gather(*replacing.values())
+        # Whoever has looked before this was written is at most one epoch on.
+        last = (await self._status()).epoch + 2
+        path = Path(self._directory, STOP)
+        path.with_suffix(".new").write_text(str(last))
+        path.with_suffix(".new").rename(path)
+        try:
+            async with asyncio.timeout(BOUND_S):
+                await asyncio.gather(*(run for _, run in self._running.values()))
+        except TimeoutError:
+            raise AssertionError(f"somebody hangs: {await self._status()}") from None
+        self.report.epochs = last + 1
+
+    async def _start(self, split: int, after_s: float) -> None:
+        await asyncio.sleep(after_s)
+        actor = self._spares.pop(0)
+        self._spares.append(_spare())
+        run = actor.run.remote(
+            self._its[split], self._directory, self._incarnations[split], step_s=0.01
+        )
+        self._running[split] = actor, run
+
+    async def _kill_consumer(self, number: int, split: int) -> None:
+        actor, run = self._running[split]
+        pid = await actor.pid.remote()
+        status = await self._status()
+        _fail_early(run)
+        os.kill(pid, signal.SIGKILL)
+        incarnation = self._incarnations[split]
+        self._committed[split, incarnation] = status.epoch, status.committed_rows[split]
+        self._incarnations[split] += 1
+        self.report.consumers_killed += 1
+        self.say(
+            f"{number}: killed consumer {incarnation} of split {split} in epoch {status.epoch}"
+            f" ({status.phase}), {status.committed_rows[split]} rows committed"
+        )
+
+    async def _until_midway(self, split: int) -> None:
+        async def midway() -> bool:
+            for _, run in self._running.values():
+                _fail_early(run)
+            committed = (await self._status()).committed_rows[split]
+            return 0 < committed < ROWS // self.n
+
+        await eventually(midway, BOUND_S)
+
+    async def _kill_worker(self, number: int) -> None:
+        async def known() -> bool:
+            return any(map(_is_worker, self._workers()))
+
+        await eventually(known, BOUND_S)
+        alive = sorted(filter(_is_worker, self._workers()))
+        pid = Random(self.seed + number).choice(alive)
+        os.kill(pid, signal.SIGKILL)
+        self.report.workers_killed += 1
+        self.say(f"{number}: killed worker {pid} of the dataset")
+
+    def _workers(self) -> Iterator[int]:
+        for path in Path(self._directory).glob("worker-*"):
+            yield int(path.name.removeprefix("worker-"))
+
+    async def _status(self) -> Status:
+        return await self._its[0].status()
+
+    def _check(self) -> None:
+        """Put each split's epochs together from what all its consumers wrote."""
+        shares: dict[int, list[list[int]]] = defaultdict(lambda: [[] for _ in range(self.n)])
+        for split in range(self.n):
+            for incarnation in range(self._incarnations[split] + 1):
+                self._follow(shares, split, incarnation)
+        assert sorted(shares) == list(range(self.report.epochs))
+        for epoch, parts in shares.items():
+            rows = sorted(row for part in parts for row in part)
+            if self.equal:
+                assert {len(part) for part in parts} == {ROWS // self.n}, f"{epoch=}"
+                assert len(set(rows)) == len(rows), f"{epoch=}: rows came to two splits"
+                assert set(rows) <= set(range(ROWS))
+            else:
+                assert rows == list(range(ROWS)), f"{epoch=}: rows are missing or came twice"
+            assert all(part == sorted(part) for part in parts), f"{epoch=} is out of order"
+
+    def _follow(self, shares: dict[int, list[list[int]]], split: int, incarnation: int) -> None:
+        """Let one consumer go on with what those before it have finished with."""
+        began: set[int] = set()
+        for entry in diary(self._directory, split, incarnation):
+            if "ids" not in entry:
+                continue
+            epoch, ids = entry["epoch"], entry["ids"]
+            rows = shares[epoch][split]
+            if epoch not in began and rows:
+                place = rows.index(ids[0]) if ids[0] in rows else len(rows)
+                before, committed = self._committed[split, incarnation - 1]
+                assert before < epoch or place >= committed, (
+                    f"split {split} of {epoch=} begins again at row {place} of {committed}"
+                )
+                self.report.taken_over += 1
+                self.report.redelivered_rows += len(rows) - place
+                del rows[place:]
+            began.add(epoch)
+            rows += ids
+
+
+def _spare() -> Any:
+    """Start the process of a consumer to come: a replacement is there sooner than the news."""
+    return ray.remote(Consumer).options(num_cpus=0).remote()
+
+
+def _fail_early(run: "ray.ObjectRef[Any]") -> None:
+    """Raise what a consumer that should be running has raised."""
+    done, _ = ray.wait([run], timeout=0)
+    if done:
+        ray.get(run)
+        raise AssertionError("a consumer stopped before it was told to")
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return b"ray::" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

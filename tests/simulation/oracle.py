@@ -1,0 +1,165 @@
+"""What must hold after every step, seen from outside of the coordinator and of the consumers."""
+
+from dataclasses import dataclass, field
+
+from asyncsplit.coordinator import SplitCoordinator
+from asyncsplit.core.epochs import Phase, Stream
+from asyncsplit.core.ledger import Ledger
+from tests.simulation.dataset import FakeDataset, Ref
+
+
+@dataclass
+class Share:
+    """What one split got in one epoch."""
+
+    ids: list[int] = field(default_factory=list)
+    seen: int = 0
+    """Leases looked at."""
+    committed: int = 0
+    finished: int = 0
+    """Rows the furthest of its loops has finished with."""
+    bound_bytes: int = 0
+    """What may wait where a replacement has begun anew with all that was not finished."""
+
+
+@dataclass
+class Oracle:
+    """Watches one coordinator."""
+
+    coordinator: SplitCoordinator
+    dataset: FakeDataset
+    budget: int
+    equal: bool
+    shuffled: bool
+    may_drop: int
+    """Rows of a last batch that may count as finished though nobody gets them."""
+    shares: dict[tuple[int, int], Share] = field(default_factory=dict)
+    redelivered: int = 0
+    steps: int = 0
+    taken_over: int = 0
+    _ledger: Ledger | None = None
+    _epoch: int = -1
+    _ran: bool = False
+    _leased: set[int] = field(default_factory=set)
+    _holders: dict[int, Stream] = field(default_factory=dict)
+
+    def step(self) -> None:
+        """Look at the coordinator; between two steps of its loop everything must hold."""
+        self.steps += 1
+        now = self.coordinator._ledger
+        epochs = self.coordinator._epochs
+        if now is not self._ledger:
+            if self._ran:
+                assert self._ledger is not None
+                self._check_ledger(self._ledger)
+                self._check_end(self._ledger)
+            self._ran = False
+            self._ledger = now
+            self._leased = set()
+            self._holders = {}
+            assert epochs.epoch in (self._epoch, self._epoch + 1), "epochs only grow, by one"
+            self._epoch = epochs.epoch
+        if epochs.phase is Phase.RUNNING:
+            assert epochs.epoch == self._epoch
+            self._ran = True
+            for split, stream in epochs.active.items():
+                if self._holders.setdefault(split, stream) != stream:
+                    self._note_take_over(split, stream)
+            self._check_ledger(now)
+
+    def share(self, epoch: int, split: int) -> Share:
+        """Return what a split got in an epoch so far."""
+        return self.shares.setdefault((epoch, split), Share())
+
+    def begins(self, epoch: int, split: int, stream: Stream, rows: int) -> None:
+        """Note that a loop gets its first batch, which begins at this row of the share."""
+        share = self.share(epoch, split)
+        if self._epoch == epoch and self.coordinator._epochs.active.get(split) == stream:
+            assert rows >= share.committed, f"row {rows} of {split=} is committed, and comes again"
+        assert rows <= share.finished, f"rows {share.finished} to {rows} of {split=} are lost"
+        self.redelivered += share.finished - rows
+
+    def delivered(self, epoch: int, split: int, first: int, ids: list[int]) -> None:
+        """Check a batch: the next rows of the share, or other rows of it."""
+        share = self.share(epoch, split)
+        if self.shuffled:
+            assert set(ids) <= set(share.ids)
+        else:
+            expected = share.ids[first : first + len(ids)]
+            assert ids == expected, f"{split=} got {ids}, not {expected}"
+
+    def finished(self, epoch: int, split: int, rows: int) -> None:
+        """Note that a loop has finished with so many rows of its share."""
+        share = self.share(epoch, split)
+        share.finished = max(share.finished, rows)
+
+    def ended(self, epoch: int, split: int, rows: int) -> None:
+        """Check that a loop that ended has had its whole share."""
+        share = self.share(epoch, split)
+        assert rows == len(share.ids), f"{split=} ended after {rows} of {len(share.ids)} rows"
+
+    def _check_ledger(self, ledger: Ledger) -> None:
+        leased = committed = 0
+        for split, log in enumerate(ledger.logs):
+            share = self.share(self._epoch, split)
+            if share.seen < log.next_seq:
+                self._see(ledger, split, share)
+            leased += log.leased_rows
+            committed += log.committed_rows
+            assert log.leased_rows >= 0
+            if not self.shuffled:
+                assert log.committed_rows >= share.committed, "a committed row is not any more"
+            share.committed = log.committed_rows
+            may_drop = self.may_drop if ledger.finished else 0
+            assert log.committed_rows <= share.finished + may_drop, (
+                f"{log.committed_rows} rows of {split=} are committed,"
+                f" but only {share.finished} finished"
+            )
+            bound = self.budget + self.dataset.largest_bundle_bytes
+            if log.waiting_bytes <= bound:
+                share.bound_bytes = 0
+            assert log.waiting_bytes <= max(bound, share.bound_bytes), (
+                f"{log.waiting_bytes} bytes wait for {split=}, {bound} may"
+            )
+        assert leased + committed + ledger.truncated_rows + ledger.router.unassigned_rows == (
+            ledger.produced_rows
+        ), "each row is unassigned, leased, committed or truncated"
+        assert sum(log.leased_bytes for log in ledger.logs) == ledger.leased_bytes
+
+    def _see(self, ledger: Ledger, split: int, share: Share) -> None:
+        log = ledger.logs[split]
+        if log.left:
+            return  # its leases are gone
+        assert share.seen >= log.first_seq, "a lease was committed before anybody saw it"
+        for lease in log.read(share.seen, max_leases=log.next_seq):
+            assert lease.seq == share.seen, "sequence numbers have no gaps"
+            assert lease.first_row == len(share.ids)
+            assert isinstance(lease.part.block, Ref)
+            ids = lease.part.block.ids[lease.part.start : lease.part.stop]
+            assert self._leased.isdisjoint(ids), f"{ids} were leased before"
+            self._leased.update(ids)
+            share.ids.extend(ids)
+            share.seen += 1
+
+    def _check_end(self, ledger: Ledger) -> None:
+        if not ledger.finished or ledger.router.unassigned_rows:
+            return
+        assert ledger.produced_rows == self.dataset.rows
+        n = len(ledger.logs)
+        rows = ledger.router.rows
+        if self.equal:
+            assert rows == [self.dataset.rows // n] * n
+        assert sum(rows) + ledger.router.truncated_rows == self.dataset.rows
+        stayed = [split for split, log in enumerate(ledger.logs) if not log.left]
+        for split in stayed:
+            assert len(self.share(self._epoch, split).ids) == rows[split]
+
+    def _note_take_over(self, split: int, stream: Stream) -> None:
+        self._holders[split] = stream
+        self.taken_over += 1
+        share = self.share(self._epoch, split)
+        # A bundle may be on its way that was allowed before.
+        leased = self.coordinator._ledger.logs[split].leased_bytes
+        share.bound_bytes = leased + self.dataset.largest_bundle_bytes
+        if self.shuffled:
+            share.committed = 0
