@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-oldest-ray check format bench bench-quick clean
+.PHONY: help venv demo test test-unit test-oldest-ray check format bench bench-quick simulate \
+	chaos clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +47,12 @@ bench: venv ## Run every benchmark: 20 minutes
 
 bench-quick: venv ## Run every benchmark with less data: 3 minutes
 	$(BIN)/python -m benchmarks --quick $(ARGS)
+
+simulate: venv ## Run 5000 simulated jobs: 2 minutes
+	$(BIN)/python -m tests.simulation --seeds 5000 $(ARGS)
+
+chaos: venv ## Kill 200 consumers and workers of a real job: 10 minutes
+	$(BIN)/python -m tests.chaos --kills 200 $(ARGS)
 
 clean: ## Remove everything that was generated, the virtual environments too
 	rm -rf $(VENV) $(VENV_OLDEST) build dist .coverage* .hypothesis .*_cache

@@ -97,6 +97,7 @@ class SplitCoordinator:
         self._failed: tuple[int, Failure] | None = None
         self._liveness = Liveness(options.barrier_timeout_s, options.rejoin_timeout_s)
         self._lifelines = Lifelines()
+        self._started: dict[int, Started] = {}
         self._arrived_at: dict[int, float] = {}
         self._pulled_at: dict[int, float] = {}
         self._ticking = False
@@ -125,10 +126,13 @@ class SplitCoordinator:
         its iterator, 0 if it never was.
         """
         stream = Stream(*stream)
-        self._check_open()
+        # Also of a stream that is refused: should it die now, its parked call must return.
+        died = functools.partial(self._bury, split, stream)
+        self._spawn(self._lifelines.watch(stream, lifeline[0], died))
         if (earlier := self._epochs.superseded_by(split, stream)) is not None:
             self._leave(split, earlier)
         await self._wait_for_verdict(split, stream)
+        self._check_open()
         try:
             takes_over = self._epochs.arrive(split, stream, position and Position(*position))
         except ConsumerConflictError:
@@ -137,10 +141,10 @@ class SplitCoordinator:
         now = self._tick()
         self._liveness.hear(split, now)
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
-        died = functools.partial(self._bury, split, stream)
-        self._spawn(self._lifelines.watch(stream, lifeline[0], died))
-        if takes_over and self._epochs.phase is Phase.RUNNING:
-            return self._take_over(split)
+        if self._epochs.phase is Phase.RUNNING and self._epochs.active.get(split) == stream:
+            if takes_over:
+                self._started[split] = self._take_over(split)
+            return self._started[split]
         if split not in self._openings or self._openings[split].done():
             self._openings[split] = asyncio.get_running_loop().create_future()
             self._arrived_at[split] = now
@@ -316,10 +320,12 @@ class SplitCoordinator:
         self._epochs.started()
         for split in set(range(self._n)) - {*self._epochs.active, *resume}:
             self._ledger.leave(split)  # closed while the executor was starting
+        for split in openings:
+            rows = resume[split].rows if split in resume else 0
+            self._started[split] = Started(epoch, self._prefetch_bytes, rows)
         for split, opening in openings.items():
             if not opening.done():
-                rows = resume[split].rows if split in resume else 0
-                opening.set_result(Started(epoch, self._prefetch_bytes, rows))
+                opening.set_result(self._started[split])
         self._settle()
         self._end_if_all_left()
 
@@ -388,14 +394,21 @@ class SplitCoordinator:
 
         A replacement may be quicker than that; an intruder is not made faster by a wait.
         """
-        holder = self._epochs.holder(split)
-        if holder and holder.consumer not in {stream.consumer, *self._epochs.dead}:
+        heard = {stream.consumer}
+        while holder := self._epochs.holder(split):
+            if holder.consumer in heard or holder.consumer in self._epochs.dead:
+                return
+            # While this one waits, another one may be let in that has died since.
             await self._lifelines.verdict(holder.consumer)
+            heard.add(holder.consumer)
 
     def _bury(self, split: int, stream: Stream) -> None:
         """Keep a dead consumer's place in the epoch for whoever replaces it."""
-        if self._epochs.is_closed(split, stream):
+        self._epochs.dead.add(stream.consumer)
+        holder = self._epochs.holder(split)
+        if holder is None or holder.consumer != stream.consumer:
             return
+        stream = holder  # a process dies with all its streams
         if self._epochs.arrived.get(split) == stream:
             _reject(self._openings[split], StreamClosedError("the stream's consumer died"))
         if self._epochs.die(split, stream):

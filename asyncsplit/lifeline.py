@@ -29,6 +29,8 @@ class Lifelines:
 
     async def hold(self, stream: Stream) -> None:
         """Return when the stream is released."""
+        if self._death_of(stream.consumer).is_set():
+            return
         parked = self._parked[stream] = asyncio.get_running_loop().create_future()
         await parked
 

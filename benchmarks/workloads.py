@@ -452,14 +452,8 @@ def way(bench: Bench) -> list[Figure]:
     """What the single steps of a block's and a batch's way cost, one after the other."""
     number, rows = 640, 125_000
     small = table_blocks(number, 100, 4)
-    refs = [entry.ref for bundle in small.iter_internal_ref_bundles() for entry in bundle.blocks]
-    (large,) = ray.get(
-        [
-            entry.ref
-            for bundle in table_blocks(1, rows, 4).iter_internal_ref_bundles()
-            for entry in bundle.blocks
-        ]
-    )
+    refs = _refs(small)
+    (large,) = ray.get(_refs(table_blocks(1, rows, 4)))
     per_block: dict[str, list[float]] = {"ray.wait": [], "fetch": [], "to numpy": []}
     per_batch: dict[str, list[float]] = {"pipeline": [], "stream": [], BY_HAND: []}
     arrays = {name: large[name].to_numpy() for name in large.column_names}
@@ -532,7 +526,7 @@ async def _exhaust_stream(pipeline: Pipeline) -> float:
 def _by_hand(bench: Bench, ds: Dataset, n: int, size: int) -> Callable[[], Round]:
     """Let n workers keep the dataset's blocks among them; return a turn over those."""
     workers = bench.workers(n)
-    refs = [entry.ref for bundle in ds.iter_internal_ref_bundles() for entry in bundle.blocks]
+    refs = _refs(ds)
     ray.get([worker.keep.remote(refs[i::n]) for i, worker in enumerate(workers)])
 
     def run() -> Round:
@@ -542,6 +536,10 @@ def _by_hand(bench: Bench, ds: Dataset, n: int, size: int) -> Callable[[], Round
         )
 
     return run
+
+
+def _refs(ds: Dataset) -> list[Any]:
+    return [entry.ref for bundle in ds.iter_internal_ref_bundles() for entry in bundle.blocks]
 
 
 def _executor_alone(bench: Bench, ds: Dataset) -> Callable[[], Round]:

@@ -179,14 +179,13 @@ class Epochs:
         """Raise unless the stream consumes this split in this epoch.
 
         Raises:
-            ConsumerConflictError: If another consumer has taken the stream's place.
+            ConsumerConflictError: If the consumer was thought dead and has lost its place.
             StaleEpochError: If the epoch is over for this stream.
         """
-        holder = self.active.get(split)
-        if epoch == self.epoch and holder and holder.consumer != stream.consumer:
+        if stream.consumer in self.dead:
             raise ConsumerConflictError(
-                f"split {split} was taken over by another consumer ({holder.consumer}) when this"
-                " one was thought dead: it must not go on"
+                f"this consumer ({stream.consumer}) was thought dead and split {split} given to"
+                " whoever replaces it: it must not go on. Iterate the split anew"
             )
         if epoch != self.epoch or self.active.get(split) != stream:
             raise StaleEpochError(

@@ -228,6 +228,7 @@ class Ledger:
         self.leased_bytes = 0
         self._budget = budget_bytes
         self._hungry = set(range(n))
+        self._full: set[int] = set()
 
     @property
     def held_bytes(self) -> int:
@@ -260,13 +261,12 @@ class Ledger:
     def route(self) -> set[int]:
         """Lease what can be assigned now; return the splits that got something."""
         got = set()
-        while assignments := self.router.assign(self._hungry):
+        while assignments := self.router.assign(self._hungry, self._full):
             for split, part in assignments:
                 if self.logs[split].append(part):
                     got.add(split)
                     self.leased_bytes += part.size_bytes
-                    if self.logs[split].waiting:
-                        self._hungry.discard(split)
+                    self._sort(split)
         return got
 
     def acknowledge(self, split: int, rows: int, *, fed: int, low: int | None = None) -> None:
@@ -275,21 +275,19 @@ class Ledger:
         before = log.leased_bytes
         log.acknowledge(rows, fed=fed, low=low)
         self.leased_bytes += log.leased_bytes - before
-        if not log.waiting and not log.left:
-            self._hungry.add(split)
+        self._sort(split)
 
     def leave(self, split: int) -> None:
         """Note that a split's consumer takes no more this epoch; see `SplitLog.leave`."""
-        self._hungry.discard(split)
         self.router.leave(split)
         self.leased_bytes -= self.logs[split].leased_bytes
         self.logs[split].leave()
+        self._sort(split)
 
     def rewind(self, split: int) -> None:
         """Let a new consumer take a split over; see `SplitLog.rewind`."""
         self.logs[split].rewind()
-        if self.logs[split].waiting:
-            self._hungry.discard(split)
+        self._sort(split)
 
     def blockers(self) -> Collection[int]:
         """Name the splits whose full budgets keep blocks from all others."""
@@ -321,3 +319,9 @@ class Ledger:
         ):
             return 0
         return max(1, self._budget - max(present))
+
+    def _sort(self, split: int) -> None:
+        """Keep the sets of splits that could use a part at once, and that have enough."""
+        log = self.logs[split]
+        (self._hungry.discard if log.waiting or log.left else self._hungry.add)(split)
+        (self._full.add if log.waiting_bytes >= self._budget else self._full.discard)(split)

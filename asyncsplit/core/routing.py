@@ -83,16 +83,21 @@ class RowsRouter:
         """Name the splits that the next part may go to."""
         return (self._fewest(),)
 
-    def assign(self, hungry: Collection[int]) -> list[Assignment]:
+    def assign(
+        self, hungry: Collection[int], full: Collection[int] = frozenset()
+    ) -> list[Assignment]:
         """Decide what can be decided now.
 
-        ``hungry`` are the splits that could use a part at once.
+        ``hungry`` are the splits that could use a part at once, ``full`` those that have enough:
+        the others wait for them, because shares do not depend on timing.
         """
         hold = 2 * len(self.rows) if self._hints and not self._finished else 0
         out = []
         while self._held:
             split = self._fewest()
-            if len(self._held) <= hold and split not in hungry:
+            if (split in full and not self._finished) or (
+                len(self._held) <= hold and split not in hungry
+            ):
                 break
             out.append(self._give_fewest(self._pick(split)))
         return out
@@ -140,7 +145,9 @@ class EqualRouter(RowsRouter):
         self._assigned_rows = 0
         self._most_rows = 0
 
-    def assign(self, hungry: Collection[int]) -> list[Assignment]:
+    def assign(
+        self, hungry: Collection[int], full: Collection[int] = frozenset()
+    ) -> list[Assignment]:
         """Route what leaves enough to level the ends; at the end, level them."""
         out = []
         while self._held:
@@ -149,7 +156,7 @@ class EqualRouter(RowsRouter):
             rows = self._held[index].rows
             most = max(self._most_rows, self.rows[split] + rows)
             to_level = most * len(self.rows) - self._assigned_rows - rows
-            if self.unassigned_rows - rows < to_level:
+            if self.unassigned_rows - rows < to_level or (split in full and not self._finished):
                 break
             self._most_rows = most
             self._assigned_rows += rows
@@ -194,7 +201,9 @@ class DemandRouter(RowsRouter):
         """Name the hungry splits, those with the fewest rows first."""
         return sorted(set(hungry) - self._left, key=self.rows.__getitem__)
 
-    def assign(self, hungry: Collection[int]) -> list[Assignment]:
+    def assign(
+        self, hungry: Collection[int], full: Collection[int] = frozenset()
+    ) -> list[Assignment]:
         """Give one part to each hungry split."""
         out = []
         for split in self.wanted_by(hungry):

@@ -88,6 +88,7 @@ class FakeDataset:
     name = "simulated"
     context: Context = field(default_factory=lambda: Context(preserve_order=True))
     running: "FakeExecution | None" = None
+    pumps: "list[PumpThread]" = field(default_factory=list)
 
     @property
     def largest_bundle_bytes(self) -> int:
@@ -131,7 +132,7 @@ class FakeExecution:
 
     def __init__(self, dataset: FakeDataset, epoch: int) -> None:
         self._bundles = dataset.bundles(epoch)
-        self._dataset = dataset
+        self.dataset = dataset
         self._shut = False
 
     @classmethod
@@ -159,7 +160,7 @@ class FakeExecution:
         self._shut = True
 
     def seconds_to_next(self) -> float:
-        random = self._dataset.random
+        random = self.dataset.random
         return random.uniform(0.0, 0.02) if random.random() < 0.9 else random.uniform(0.0, 3.0)
 
 
@@ -173,6 +174,15 @@ class PumpThread:
         self._loop = asyncio.get_running_loop()
         self._busy = False
         self._ended = False
+        execution = pump._execution
+        assert isinstance(execution, FakeExecution)
+        self._execution = execution
+        execution.dataset.pumps.append(self)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the thread has ended, or would as soon as it ran."""
+        return self._ended or self._pump._stopped
 
     def start(self) -> None:
         condition = self._pump._condition
@@ -185,15 +195,13 @@ class PumpThread:
         if self._busy or self._ended or self._pump._stopped or self._pump._credit <= 0:
             return
         self._busy = True
-        execution = self._pump._execution
-        assert isinstance(execution, FakeExecution)
-        self._loop.call_later(execution.seconds_to_next(), self._take)
+        self._loop.call_later(self._execution.seconds_to_next(), self._take)
 
     def _take(self) -> None:
         self._busy = False
         bundle, end = None, None
         try:
-            bundle = self._pump._execution.next_bundle()
+            bundle = self._execution.next_bundle()
         except BaseException as error:
             end = error
         if self._pump._hand_over(bundle, end):

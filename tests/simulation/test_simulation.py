@@ -11,6 +11,7 @@ FOUND = {
     9: "the parked call of a consumer that died early never returned",
     34: "an arrival sent again in a running epoch was not answered",
     43: "a replacement was refused because the one before it had died unnoticed",
+    4092: "a death that one closed stream showed did not count for the next one",
     179: "an arrival that waited for a verdict while the split was shut down waited for ever",
 }
 """Seeds that have failed; they mean what is said here as long as plans are drawn as they are."""
@@ -29,12 +30,12 @@ def test_what_was_found_stays_mended(seed: int) -> None:
 
 def test_everything_holds_in_many_jobs() -> None:
     taken_over = redelivered = 0
-    for seed in range(300):
+    for seed in range(120):
         oracle = simulate(seed).oracle
         taken_over += oracle.taken_over
         redelivered += oracle.redelivered
-    assert taken_over > 50, "the seeds are worth running"
-    assert redelivered > 50
+    assert taken_over > 20, "the seeds are worth running"
+    assert redelivered > 20
 
 
 def test_a_seed_gives_the_same_job_again() -> None:

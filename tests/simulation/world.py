@@ -194,6 +194,7 @@ class World:
         # A `hold` that comes after its stream's end may be parked: a slot is all it costs.
         parked = self.network.parked(but="hold" if weather.slow or weather.lost else "")
         assert not parked, f"never answered: {parked}"
+        assert all(pump.ended for pump in self.oracle.dataset.pumps), "a pump's thread is left"
 
     def describe(self) -> str:
         """Return where everybody is."""
