@@ -133,6 +133,7 @@ class FakeExecution:
     def __init__(self, dataset: FakeDataset, epoch: int) -> None:
         self._bundles = dataset.bundles(epoch)
         self.dataset = dataset
+        self.epoch = epoch
         self._shut = False
 
     @classmethod

@@ -62,6 +62,10 @@ class Oracle:
         if epochs.phase is Phase.RUNNING:
             assert epochs.epoch == self._epoch
             self._ran = True
+            pump = self.coordinator._pump
+            assert pump is not None
+            assert isinstance(pump._execution, FakeExecution)
+            assert pump._execution.epoch == epochs.epoch, "an epoch runs on its own execution"
             for split, stream in epochs.active.items():
                 if self._holders.setdefault(split, stream) != stream:
                     self._note_take_over(split, stream)
