@@ -307,11 +307,11 @@ class SplitCoordinator:
             error = engine.unwrap(raised)
             for opening in openings.values():
                 _reject(opening, error)
-            self._fail(Failure.of(error))
+            if self._is_starting(epoch):
+                self._fail(Failure.of(error))
             return
-        if self._shut:
-            await self._guard.stop()
-            return
+        if not self._is_starting(epoch):
+            return  # given up meanwhile: the guard stops the executor next
         self._pump = Pump(
             execution,
             functools.partial(self._deliver, epoch),
@@ -328,6 +328,9 @@ class SplitCoordinator:
                 opening.set_result(self._started[split])
         self._settle()
         self._end_if_all_left()
+
+    def _is_starting(self, epoch: int) -> bool:
+        return epoch == self._epochs.epoch and self._epochs.phase is Phase.STARTING
 
     def _deliver(self, epoch: int, bundles: list[engine.Bundle], end: BaseException | None) -> None:
         """Take what the pump brings: on the loop, between two awaits of everything else."""

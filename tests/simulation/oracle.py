@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import Phase, Stream
 from asyncsplit.core.ledger import Ledger
-from tests.simulation.dataset import FakeDataset, Ref
+from tests.simulation.dataset import FakeDataset, FakeExecution, Ref
 
 
 @dataclass

@@ -12,6 +12,7 @@ FOUND = {
     34: "an arrival sent again in a running epoch was not answered",
     43: "a replacement was refused because the one before it had died unnoticed",
     4092: "a death that one closed stream showed did not count for the next one",
+    2671: "an epoch given up while its executor started was run all the same",
     179: "an arrival that waited for a verdict while the split was shut down waited for ever",
 }
 """Seeds that have failed; they mean what is said here as long as plans are drawn as they are."""
