@@ -42,7 +42,7 @@ format: venv ## Format, and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: venv ## Run every benchmark: 20 minutes
+bench: venv ## Run every benchmark: half an hour
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-quick: venv ## Run every benchmark with less data: 3 minutes

@@ -18,9 +18,11 @@ class HasSplit(Protocol):
     @property
     def is_open(self) -> bool:
         """Whether the stream holds its split."""
+        ...
 
     def position(self) -> Position | None:
         """Return where the training loop stands, if the stream is open."""
+        ...
 
 
 class Consumer:
@@ -60,7 +62,8 @@ class Consumer:
     def where(self) -> Position:
         """Return what the training loop has finished with."""
         stream = None if self._open is None else self._open()
-        return (stream and stream.position()) or self.position or Position(0)
+        read = None if stream is None else stream.position()
+        return read or self.position or Position(0)
 
     def _other_open(self, stream: HasSplit) -> bool:
         other = None if self._open is None else self._open()

@@ -15,6 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import ray
+from ray.exceptions import ObjectLostError
 
 from asyncsplit import engine
 from asyncsplit.consumer import Consumer
@@ -235,7 +236,7 @@ class Feed:
         """Feed what is here; if blocks are gone with their owner, ask for them once more."""
         try:
             waiting_for = self._feed_head()
-        except ray.exceptions.ObjectLostError:
+        except ObjectLostError:
             if self._lost_at == self._fed:
                 raise
             self._lost_at = self._fed

@@ -244,7 +244,7 @@ class Bench:
         measured: Rounds = {side: [] for side in turns}
         for _ in range(rounds or self.rounds):
             for side, run in turns.items():
-                _wait_for_quiet(0.3 if self.quick else 1.5)
+                _wait_for_quiet(0.3 if self.quick else 3.0)
                 turn = run()
                 if rows is not None and turn.rows != rows:
                     raise AssertionError(f"{side} read {turn.rows} rows of {rows}")

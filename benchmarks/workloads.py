@@ -88,7 +88,7 @@ def formats(bench: Bench) -> list[Figure]:
     ):
         blocks = 16
         if bench.quick:
-            if name in ("pyarrow", "batch-size-32", "batch-size-4096"):
+            if name in ("pyarrow", "batch-size-32", "batch-size-4096", "for"):
                 continue
             rows //= 8
         ds = table_blocks(blocks, rows // blocks, 4)
@@ -183,7 +183,7 @@ def _waits(turn: Round, epochs: int) -> list[float]:
 def sizes(bench: Bench) -> list[Figure]:
     """How many bytes it takes to send an iterator to a worker."""
     raw: dict[str, list[float]] = {OURS: [], RAY: [], "dataset": []}
-    numbers = (10, 1_000, bench.pick(20_000, 2_000))
+    numbers = (10, 300) if bench.quick else (10, 1_000, 20_000)
     for number in numbers:
         ds = table_blocks(number, 1, 4)
         splits = split(ds, 1)
@@ -235,7 +235,7 @@ def shuffle(bench: Bench) -> list[Figure]:
 
 def wide(bench: Bench) -> list[Figure]:
     """A thousand columns in many small blocks."""
-    number = bench.pick(300, 50)
+    number = bench.pick(300, 20)
     ds = table_blocks(number, 10, 1_000)
     rounds = bench.compare(
         ds,
@@ -285,7 +285,7 @@ def straggler(bench: Bench) -> list[Figure]:
         for side in iterators
     }
     bench.take_turns(turns, 1, rows=number * 256)
-    rounds = bench.take_turns(turns, bench.pick(5, 3), rows=number * 256)
+    rounds = bench.take_turns(turns, bench.pick(5, 2), rows=number * 256)
     raw = values(rounds, lambda turn: turn.epoch_ms)
     raw["ideal schedule"] = [ideal] * len(raw[RAY])
     close(iterators)
@@ -352,12 +352,15 @@ def _loop(bench: Bench, name: str, ds: Dataset, kwargs: dict[str, Any], epochs: 
         "ticker alone": ("ticker alone", OURS, 1),
     }
     ticks: dict[str, list[Ticks]] = {side: [] for side in ways}
-    for _ in range(bench.pick(5, 3)):
+    for _ in range(bench.pick(5, 2)):
         for side, (how, whose, times) in ways.items():
             ticks[side].append(
                 ray.get(worker.tick.remote(how, splits[whose][0], kwargs, times, 0.001))
             )
     close(splits)
+    read = {each.batches // ways[side][2] for side, turns in ticks.items() for each in turns} - {0}
+    if len(read) != 1:
+        raise AssertionError(f"the sides read different numbers of batches per epoch: {read}")
     delays = {
         side: percentiles([1e3 * delay for each in turns for delay in each.delays])
         for side, turns in ticks.items()
@@ -405,7 +408,7 @@ def telemetry(bench: Bench) -> list[Figure]:
             for side, its in iterators.items()
         }
         bench.take_turns(turns, 2)
-        rounds = bench.take_turns(turns, bench.pick(15, 5), rows=ds.count())
+        rounds = bench.take_turns(turns, bench.pick(15, 3), rows=ds.count())
         figures.append(
             Figure(
                 f"telemetry-{name}",

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray import cloudpickle
 from ray.data import Dataset
 from ray.data.expressions import col
 
@@ -117,7 +118,7 @@ async def test_order_is_kept_inside_bundles_of_several_blocks() -> None:
 
 async def test_an_intruder_gets_an_error_and_harms_nobody() -> None:
     (it,) = asyncsplit.streaming_split(thousand(), 1)
-    intruder = ray.cloudpickle.loads(ray.cloudpickle.dumps(it))
+    intruder = cloudpickle.loads(cloudpickle.dumps(it))
     async with it.iter_batches(batch_size=100) as rightful:
         ids = (await anext(rightful))["id"].tolist()
         with pytest.raises(ConsumerConflictError, match="split 0 is already being consumed"):
@@ -130,7 +131,7 @@ async def test_an_intruder_gets_an_error_and_harms_nobody() -> None:
 
 async def test_an_intruder_at_the_barrier_gets_an_error() -> None:
     first, second = asyncsplit.streaming_split(thousand(), 2)
-    copies = [ray.cloudpickle.loads(ray.cloudpickle.dumps(first)) for _ in range(2)]
+    copies = [cloudpickle.loads(cloudpickle.dumps(first)) for _ in range(2)]
     waiting = [asyncio.create_task(read(it)) for it in copies]
     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     with pytest.raises(ConsumerConflictError):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray import cloudpickle
 from ray.data import Dataset
 
 import asyncsplit
@@ -116,7 +117,7 @@ async def test_a_consumer_that_died_at_the_barrier_is_missing_again(start: Any) 
 async def test_a_consumer_that_was_replaced_is_fenced() -> None:
     """One thought dead that comes back must not go on beside its replacement."""
     (it,) = asyncsplit.streaming_split(thousand(), 1, options=SplitOptions(prefetch_bytes=1))
-    replacement = ray.cloudpickle.loads(ray.cloudpickle.dumps(it))
+    replacement = cloudpickle.loads(cloudpickle.dumps(it))
     async with it.iter_batches(batch_size=1) as old:
         await anext(old)
         await it._ask("report_death", 0, old._feed._stream)  # type: ignore[union-attr]

@@ -53,7 +53,7 @@ async def settled(ask: Callable[[], Awaitable[int]]) -> int:
 
 
 def counted(counter: "ActorHandle[Any]", blocks: int) -> Dataset:
-    def produce(batch: dict[str, Any]) -> dict[str, Any]:
+    def produce(batch: Any) -> Any:
         ray.get(counter.add.remote())
         batch["payload"] = np.zeros((len(batch["id"]), BLOCK_BYTES // len(batch["id"])), np.uint8)
         return batch

@@ -177,7 +177,7 @@ class PumpThread:
         self._ended = False
         execution = pump._execution
         assert isinstance(execution, FakeExecution)
-        self._execution = execution
+        self._execution: FakeExecution = execution
         execution.dataset.pumps.append(self)
 
     @property

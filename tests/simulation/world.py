@@ -63,6 +63,8 @@ class Plan:
     """How often a consumer is thought dead that is not."""
     breaks: float
     cancels: float
+    impatience: float
+    """How often a loop gives up before its first batch."""
     pause_s: float
     failures: dict[int, str]
     slow_start_s: float
@@ -70,8 +72,11 @@ class Plan:
     shut_down_after_s: float | None
 
     @classmethod
-    def of(cls, random: random.Random) -> "Plan":
-        """Draw a plan; each trouble is absent from many."""
+    def of(cls, random: random.Random, later: random.Random) -> "Plan":
+        """Draw a plan; each trouble is absent from many.
+
+        What was thought of ``later`` is drawn apart, so that older seeds mean what they meant.
+        """
 
         def seldom(value: Any, nothing: Any, chance: float = 0.3) -> Any:
             return value if random.random() < chance else nothing
@@ -108,6 +113,7 @@ class Plan:
             slow_start_s=random.choice((0.1, 0.1, 1.0, 20.0)),
             impatient=random.random() < 0.2,
             shut_down_after_s=seldom(random.uniform(0.0, 5.0), None, 0.1),
+            impatience=0.3 if later.random() < 0.3 else 0.0,
         )
 
 
@@ -116,7 +122,7 @@ class World:
 
     def __init__(self, seed: int, loop: VirtualLoop, *, verbose: bool = False) -> None:
         self.random = random.Random(seed)
-        self.plan = plan = Plan.of(self.random)
+        self.plan = plan = Plan.of(self.random, random.Random(f"later {seed}"))
         self.loop = loop
         self.verbose = verbose
         self.network = Network(loop, plan.weather, self.random)
@@ -315,6 +321,9 @@ class Worker:
             local_shuffle_buffer_size=30 if plan.shuffle else None,
             local_shuffle_seed=1 if plan.shuffle else None,
         )
+        if plan.impatience and self.random.random() < plan.impatience:
+            await self.give_up_soon(stream)
+            return
         async with contextlib.AsyncExitStack() as stack:
             if self.random.random() < 0.5:
                 await stack.enter_async_context(stream)
@@ -359,6 +368,14 @@ class Worker:
             oracle.delivered(epoch, split, row, ids)
             row += len(ids)
             yield ids
+
+    async def give_up_soon(self, stream: BatchStream[Any]) -> None:
+        """Leave before the first batch, mostly: at the barrier, or while the epoch starts."""
+        with contextlib.suppress(TimeoutError, StopAsyncIteration):
+            async with asyncio.timeout(self.random.choice((0.1, 1.0, 10.0)) * self.random.random()):
+                await anext(stream)
+        self.world.say(self.process.name, "gives up", stream)
+        await stream.aclose()
 
     async def next(self, stream: BatchStream[Any]) -> Any:
         """Return the next batch, after some cancelled attempts perhaps."""

@@ -1,6 +1,7 @@
 """Where rows are, and what may be taken from the dataset."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -154,10 +155,9 @@ class LedgerMachine(RuleBasedStateMachine):
         for lease in leases:
             assert lease.seq == self.cursors[split]
             self.cursors[split] += 1
-            self.delivered[split] += [
-                (lease.part.block, row)  # type: ignore[misc]
-                for row in range(lease.part.start, lease.part.stop)
-            ]
+            block = cast("int", lease.part.block)
+            rows = range(lease.part.start, lease.part.stop)
+            self.delivered[split].extend((block, row) for row in rows)
 
     @rule(split=st.integers(0, 4), share=st.floats(0, 1), fed=st.floats(0, 1))
     def acknowledge(self, split: int, share: float, fed: float) -> None:
