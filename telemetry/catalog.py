@@ -158,7 +158,7 @@ CATALOG = (
         "counter",
         "",
         _DATASET,
-        "Rows left over at the ends of epochs so that all splits got equally many.",
+        "Rows nobody got: left over for equal shares, or for splits that left early.",
         _whole(lambda state: state.truncated_rows),
     ),
     Metric(

@@ -307,7 +307,7 @@ class Ledger:
         """Return how many bytes may be taken from the dataset; 1 stands for one block.
 
         Bytes waiting for a split exceed its budget by less than one block, whichever split each
-        block turns out to be for.
+        block turns out to be for; with equal shares by a few, those that level the ends.
         """
         present = [log.waiting_bytes for log in self.logs if not log.left]
         if self.finished or not present:
