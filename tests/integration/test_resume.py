@@ -43,7 +43,7 @@ async def read_with_deaths(it: AsyncDataIterator, at: list[int]) -> list[int]:
 async def test_an_epoch_goes_on_when_the_coordinator_is_restarted(
     equal: bool, prefetch_bytes: int
 ) -> None:
-    options = SplitOptions(prefetch_bytes=prefetch_bytes)
+    options = SplitOptions(coordinator_max_restarts=3, prefetch_bytes=prefetch_bytes)
     its = asyncsplit.streaming_split(dataset(), 2, equal=equal, options=options)
     first, second = await asyncio.gather(read_with_deaths(its[0], [120, 330]), read(its[1]))
     assert sorted(first + second) == list(range(1000))
@@ -53,7 +53,7 @@ async def test_an_epoch_goes_on_when_the_coordinator_is_restarted(
 
 
 async def test_without_order_a_restart_is_an_error_that_says_so() -> None:
-    options = SplitOptions(prefetch_bytes=1)
+    options = SplitOptions(coordinator_max_restarts=3, prefetch_bytes=1)
     (it,) = asyncsplit.streaming_split(dataset(preserve_order=False), 1, options=options)
     with pytest.raises(CoordinatorLostError, match="preserve_order = True"):
         await read_with_deaths(it, [300])

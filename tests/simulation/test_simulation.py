@@ -13,6 +13,7 @@ FOUND = {
     43: "a replacement was refused because the one before it had died unnoticed",
     284: "an epoch that was given up while its executor started ran in the place of the next",
     1020: "who waited for an executor to start was not told that the epoch was given up",
+    3831: "two arrivals of one that was dead waited for the same verdict, and both were let in",
     4092: "a death that one closed stream showed did not count for the next one",
     2671: "an epoch given up while its executor started was run all the same",
     179: "an arrival that waited for a verdict while the split was shut down waited for ever",
