@@ -22,8 +22,8 @@ from asyncsplit.wire import Status
 from tests.chaos.consumers import STOP, Consumer, diary, note_pid
 from tests.integration.consume import eventually
 
-ROWS = 2000
-BLOCKS = 40
+ROWS = 1200
+BLOCKS = 24
 BOUND_S = 60.0
 """How long nothing may come of anything: an epoch takes about a second."""
 
