@@ -129,10 +129,11 @@ class SplitCoordinator:
         # Also of a stream that is refused: should it die now, its parked call must return.
         died = functools.partial(self._bury, split, stream)
         self._spawn(self._lifelines.watch(stream, lifeline[0], died))
-        if (earlier := self._epochs.superseded_by(split, stream)) is not None:
-            self._leave(split, earlier)
         await self._wait_for_verdict(split, stream)
         self._check_open()
+        # After the wait: calls that have waited for the same verdict go on one after the other.
+        if (earlier := self._epochs.superseded_by(split, stream)) is not None:
+            self._leave(split, earlier)
         try:
             takes_over = self._epochs.arrive(split, stream, position and Position(*position))
         except ConsumerConflictError:
@@ -323,9 +324,10 @@ class SplitCoordinator:
         for split in openings:
             rows = resume[split].rows if split in resume else 0
             self._started[split] = Started(epoch, self._prefetch_bytes, rows)
-        for split, opening in openings.items():
-            if not opening.done():
-                opening.set_result(self._started[split])
+        for split in self._epochs.active:
+            # Not as they were before the start: who replaced a dead one may have its own.
+            if not self._openings[split].done():
+                self._openings[split].set_result(self._started[split])
         self._settle()
         self._end_if_all_left()
 
@@ -529,6 +531,9 @@ class SplitCoordinator:
 
     def _fail(self, failure: Failure) -> None:
         """End the epoch under way for everybody with an error."""
+        if self._epochs.phase is Phase.STARTING:
+            for split in self._epochs.active:
+                _reject(self._openings[split], failure.unpack())
         if self._epochs.phase is not Phase.WAITING:
             self._failed = (self._epochs.epoch, failure)
             self._end_epoch("failed")
