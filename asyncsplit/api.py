@@ -8,9 +8,10 @@ from ray.data import Dataset
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asyncsplit import engine
-from asyncsplit.coordinator import SplitCoordinator
+from asyncsplit.coordinator import RestartableCoordinator
 from asyncsplit.iterator import AsyncDataIterator
 from asyncsplit.options import SplitOptions
+from asyncsplit.parcel import pack
 from asyncsplit.remote import Coordinator
 from asyncsplit.stream import BatchStream
 
@@ -59,8 +60,9 @@ def streaming_split(
         )
     hints = _check_hints(locality_hints, n)
     _check_cluster()
+    pieces, refs = pack(ds)
     coordinator: Coordinator = (
-        ray.remote(SplitCoordinator)
+        ray.remote(RestartableCoordinator)
         .options(
             num_cpus=0,
             max_restarts=options.coordinator_max_restarts,
@@ -73,9 +75,11 @@ def streaming_split(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
         )
-        .remote(ds, n, bool(equal), hints, options)  # type: ignore[assignment]
+        .remote(n, bool(equal), hints, options, *pieces)  # type: ignore[assignment]
     )
-    return [AsyncDataIterator(coordinator, split, n) for split in range(n)]
+    if refs:
+        coordinator.keep.remote(refs)  # type: ignore[attr-defined]
+    return [AsyncDataIterator(coordinator, split, n, keep=ds) for split in range(n)]
 
 
 def iter_batches(

@@ -28,8 +28,15 @@ class HasSplit(Protocol):
 class Consumer:
     """An iterator object in one process: who reads a split, and its totals over all streams."""
 
-    def __init__(self, coordinator: Coordinator, split: int, serialized_bytes: int) -> None:
-        """Make a consumer with a name of its own; it holds nothing until it opens a stream."""
+    def __init__(
+        self, coordinator: Coordinator, split: int, serialized_bytes: int, keep: object = None
+    ) -> None:
+        """Make a consumer with a name of its own; it has no stream yet.
+
+        ``keep`` is kept: a dataset may hold blocks, and between the death of a coordinator and its
+        restart nobody else might.
+        """
+        self._keep = keep
         self.coordinator = coordinator
         self.split = split
         self.serialized_bytes = serialized_bytes

@@ -33,6 +33,7 @@ from asyncsplit.errors import (
 from asyncsplit.guard import DuringExecution, Guard
 from asyncsplit.lifeline import Lifelines
 from asyncsplit.options import SplitOptions
+from asyncsplit.parcel import unpack
 from asyncsplit.pump import Pump
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
@@ -338,12 +339,6 @@ class SplitCoordinator:
         """Take what the pump brings: on the loop, between two awaits of everything else."""
         if epoch != self._epochs.epoch or self._epochs.phase is not Phase.RUNNING:
             return
-        try:
-            self._take(bundles, end)
-        except StateMismatchError as error:
-            self._fail(Failure.of(error))
-
-    def _take(self, bundles: list[engine.Bundle], end: BaseException | None) -> None:
         for bundle in bundles:
             self._guard.observe(bundle.schema)
             self._ledger.produce(
@@ -381,9 +376,12 @@ class SplitCoordinator:
 
     def _settle(self) -> None:
         """Assign what can be assigned, wake who got something, and renew the pump's credit."""
-        got = self._ledger.route()
-        exhausted = self._ledger.finished
-        for split in tuple(self._pulls) if exhausted else got:
+        try:
+            got = self._ledger.route()
+        except StateMismatchError as error:
+            self._fail(Failure.of(error))
+            return
+        for split in got.union(filter(self._ledger.exhausted, self._pulls)):
             self._wake(split)
         if self._pump is not None:
             self._pump.allow(self._ledger.credit())
@@ -567,3 +565,23 @@ class SplitCoordinator:
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
         return Ledger(self._n, router, self._options.prefetch_bytes, resume)
+
+
+class RestartableCoordinator(SplitCoordinator):
+    """The actor as Ray starts it, and starts it again: see `asyncsplit.parcel`."""
+
+    def __init__(
+        self,
+        n: int,
+        equal: bool,
+        locality_hints: Sequence[str] | None,
+        options: SplitOptions,
+        *dataset: bytes,
+    ) -> None:
+        """Put the dataset together, and set up."""
+        super().__init__(unpack(dataset), n, equal, locality_hints, options)
+        self._kept: Sequence[ObjectRef[Any]] = ()
+
+    async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
+        """Keep what the dataset refers to, as long as this process lives."""
+        self._kept = refs

@@ -183,6 +183,19 @@ def get_ready(refs: Sequence[ObjectRef[Any]]) -> list[Any]:
     return list(global_worker.get_objects(list(refs))[0])
 
 
+def reduce_untracked(ref: ObjectRef[Any]) -> tuple[Callable[..., ObjectRef[Any]], tuple[Any, ...]]:
+    """Return how to pickle `ref` without Ray's keeping the object for ever, as it else does.
+
+    Nor does it keep it for whoever unpickles it: somebody else has to.
+    """
+    from ray._private.serialization import _object_ref_deserializer
+    from ray._private.worker import global_worker
+
+    ref, owner, status = global_worker.core_worker.serialize_object_ref(ref)
+    parts = (ref.binary(), ref.call_site(), owner, status, ref.tensor_transport())
+    return _object_ref_deserializer, parts
+
+
 def concat_blocks(blocks: Sequence[Any]) -> Any:
     """Return one block with the rows of all, their types promoted as Ray Data does in a batch."""
     from ray.data._internal.delegating_block_builder import DelegatingBlockBuilder

@@ -27,10 +27,15 @@ class AsyncDataIterator:
     """
 
     def __init__(
-        self, coordinator: Coordinator, split_index: int, world_size: int, serialized_bytes: int = 0
+        self,
+        coordinator: Coordinator,
+        split_index: int,
+        world_size: int,
+        serialized_bytes: int = 0,
+        keep: object = None,
     ) -> None:
         """Use `asyncsplit.streaming_split` instead."""
-        self._consumer = Consumer(coordinator, split_index, serialized_bytes)
+        self._consumer = Consumer(coordinator, split_index, serialized_bytes, keep)
         self._world_size = world_size
 
     def __reduce__(self) -> tuple[Callable[[bytes], "AsyncDataIterator"], tuple[bytes]]:

@@ -47,11 +47,9 @@ class SplitOptions:
     """Seconds a split whose consumer has died may stay without another, while others wait for
     it; None to wait for ever. Longer than it takes to start a worker."""
 
-    coordinator_max_restarts: int = 0
+    coordinator_max_restarts: int = 3
     """How often Ray starts the coordinator anew if its process dies. An epoch goes on where it
-    was if the dataset preserves order; else its consumers get `CoordinatorLostError`. Off by
-    default: of a dataset that pickles to more than 100 KB, Ray keeps only a copy in the object
-    store for that, and logs an error line to say so (Ray issue #53727)."""
+    was if the dataset preserves order; else its consumers get `CoordinatorLostError`."""
 
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     """Where the figures go."""

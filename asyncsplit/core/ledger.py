@@ -227,6 +227,7 @@ class Ledger:
         self.finished = False
         self.leased_bytes = 0
         self._budget = budget_bytes
+        self._closed = False
         self._hungry = set(range(n))
         self._full: set[int] = set()
 
@@ -247,26 +248,26 @@ class Ledger:
             self.router.add(part)
 
     def finish(self) -> None:
-        """Note that the dataset has no more parts this epoch, and lease what was held back.
+        """Note that the dataset has no more parts this epoch."""
+        self.finished = True
+        self.router.finish()
+
+    def route(self) -> set[int]:
+        """Lease what can be assigned now; return the splits that got something.
 
         Raises:
             StateMismatchError: If a position to resume from was not reached.
         """
-        self.finished = True
-        self.router.finish()
-        self.route()
-        for log in self.logs:
-            log.finish()
-
-    def route(self) -> set[int]:
-        """Lease what can be assigned now; return the splits that got something."""
         got = set()
-        while assignments := self.router.assign(self._hungry, self._full):
-            for split, part in assignments:
-                if self.logs[split].append(part):
-                    got.add(split)
-                    self.leased_bytes += part.size_bytes
-                    self._sort(split)
+        for split, part in self.router.assign(self._hungry, self._full):
+            if self.logs[split].append(part):
+                got.add(split)
+                self.leased_bytes += part.size_bytes
+                self._sort(split)
+        if self.complete and not self._closed:
+            self._closed = True
+            for log in self.logs:
+                log.finish()
         return got
 
     def acknowledge(self, split: int, rows: int, *, fed: int, low: int | None = None) -> None:
@@ -291,7 +292,7 @@ class Ledger:
 
     def blockers(self) -> Collection[int]:
         """Name the splits whose full budgets keep blocks from all others."""
-        if self.finished or self.credit():
+        if self.complete or self.credit():
             return ()
         return [
             split
@@ -301,13 +302,18 @@ class Ledger:
 
     def exhausted(self, split: int) -> bool:
         """Tell whether nothing will be added to the split's log any more."""
-        return self.logs[split].left or (self.finished and not self.router.unassigned_rows)
+        return self.logs[split].left or not self.router.may_get_more(split)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row of the epoch is leased, committed or truncated."""
+        return self.finished and not self.router.unassigned_rows
 
     def credit(self) -> int:
         """Return how many bytes may be taken from the dataset; 1 stands for one block.
 
         Bytes waiting for a split exceed its budget by less than one block, whichever split each
-        block turns out to be for; with equal shares by a few, those that level the ends.
+        block turns out to be for.
         """
         present = [log.waiting_bytes for log in self.logs if not log.left]
         if self.finished or not present:

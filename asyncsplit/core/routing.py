@@ -6,7 +6,7 @@ routed the same way, which is what makes a position in an epoch a few integers.
 """
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from heapq import heapreplace
 from typing import NamedTuple
 
@@ -83,24 +83,25 @@ class RowsRouter:
         """Name the splits that the next part may go to."""
         return (self._fewest(),)
 
+    def may_get_more(self, split: int) -> bool:
+        """Tell whether the split may be given another part."""
+        return not self._finished or self.unassigned_rows > 0
+
     def assign(
         self, hungry: Collection[int], full: Collection[int] = frozenset()
-    ) -> list[Assignment]:
-        """Decide what can be decided now.
+    ) -> Iterator[Assignment]:
+        """Decide what can be decided now, part by part.
 
         ``hungry`` are the splits that could use a part at once, ``full`` those that have enough:
-        the others wait for them, because shares do not depend on timing.
+        the others wait for them, because shares do not depend on timing. Both are looked at anew
+        for each part.
         """
-        hold = 2 * len(self.rows) if self._hints and not self._finished else 0
-        out = []
         while self._held:
             split = self._fewest()
-            if (split in full and not self._finished) or (
-                len(self._held) <= hold and split not in hungry
-            ):
-                break
-            out.append(self._give_fewest(self._pick(split)))
-        return out
+            hold = 2 * len(self.rows) if self._hints and not self._finished else 0
+            if split in full or (len(self._held) <= hold and split not in hungry):
+                return
+            yield self._give_fewest(self._pick(split))
 
     def _fewest(self) -> int:
         return self._by_rows[0][1]
@@ -130,51 +131,56 @@ class RowsRouter:
         self.unassigned_bytes -= part.size_bytes
         return Assignment(split, part)
 
+    def _truncate(self) -> None:
+        self.truncated_rows += self.unassigned_rows
+        self._held.clear()
+        self.unassigned_rows = self.unassigned_bytes = 0
+
 
 class EqualRouter(RowsRouter):
     """Route as `RowsRouter`, and end with exactly the same number of rows everywhere.
 
-    A part is given away only while what stays behind can still level all splits with the one
-    that would then be furthest ahead; at the end the rest is cut to level them, and what cannot
-    be shared out (fewer rows than splits) is truncated.
+    No split gets more than its share of the rows seen so far. So a part that is too large for that
+    waits for more rows to come, or is cut when there are no more; what cannot be shared out (fewer
+    rows than splits) is truncated.
     """
 
     def __init__(self, n: int, hints: Sequence[str] | None = None) -> None:
         """Start an epoch with ``n`` splits, none of which has rows."""
         super().__init__(n, hints)
-        self._assigned_rows = 0
-        self._most_rows = 0
+        self._seen_rows = 0
+
+    def add(self, part: Part) -> None:
+        """Take the next part of the dataset."""
+        super().add(part)
+        self._seen_rows += part.rows
+
+    def may_get_more(self, split: int) -> bool:
+        """Tell whether the split may be given another part."""
+        return super().may_get_more(split) and not (self._finished and not self._room(split))
 
     def assign(
         self, hungry: Collection[int], full: Collection[int] = frozenset()
-    ) -> list[Assignment]:
-        """Route what leaves enough to level the ends; at the end, level them."""
-        out = []
+    ) -> Iterator[Assignment]:
+        """Route what no share is too small for; in the end, cut what is left to level the ends."""
         while self._held:
             split = self._fewest()
+            if split in full:
+                return
             index = self._pick(split)
-            rows = self._held[index].rows
-            most = max(self._most_rows, self.rows[split] + rows)
-            to_level = most * len(self.rows) - self._assigned_rows - rows
-            if self.unassigned_rows - rows < to_level or (split in full and not self._finished):
-                break
-            self._most_rows = most
-            self._assigned_rows += rows
-            out.append(self._give_fewest(index))
-        return out + self._level() if self._finished else out
+            room = self._room(split)
+            if self._held[index].rows > room:
+                if not self._finished:
+                    return
+                if not room:
+                    self._truncate()
+                    return
+                self._held[index], rest = self._held[index].cut(room)
+                self._held.insert(index + 1, rest)
+            yield self._give_fewest(index)
 
-    def _level(self) -> list[Assignment]:
-        out = []
-        share = (sum(self.rows) + self.unassigned_rows) // len(self.rows)
-        for split in range(len(self.rows)):
-            while (missing := share - self.rows[split]) > 0:
-                if self._held[0].rows > missing:
-                    self._held.extendleft(reversed(self._held.popleft().cut(missing)))
-                out.append(self._give(split, 0))
-        self.truncated_rows += self.unassigned_rows
-        self._held.clear()
-        self.unassigned_rows = self.unassigned_bytes = 0
-        return out
+    def _room(self, split: int) -> int:
+        return self._seen_rows // len(self.rows) - self.rows[split]
 
 
 class DemandRouter(RowsRouter):
@@ -193,9 +199,7 @@ class DemandRouter(RowsRouter):
         """Give the split nothing more; when all have left, truncate what nobody wants."""
         self._left.add(split)
         if len(self._left) == len(self.rows):
-            self.truncated_rows += self.unassigned_rows
-            self._held.clear()
-            self.unassigned_rows = self.unassigned_bytes = 0
+            self._truncate()
 
     def wanted_by(self, hungry: Collection[int]) -> Collection[int]:
         """Name the hungry splits, those with the fewest rows first."""
@@ -203,14 +207,12 @@ class DemandRouter(RowsRouter):
 
     def assign(
         self, hungry: Collection[int], full: Collection[int] = frozenset()
-    ) -> list[Assignment]:
+    ) -> Iterator[Assignment]:
         """Give one part to each hungry split."""
-        out = []
         for split in self.wanted_by(hungry):
             if not self._held:
-                break
-            out.append(self._give(split, self._pick(split)))
-        return out
+                return
+            yield self._give(split, self._pick(split))
 
 
 def make_router(
