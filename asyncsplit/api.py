@@ -78,7 +78,7 @@ def streaming_split(
         .remote(n, bool(equal), hints, options, *pieces)  # type: ignore[assignment]
     )
     if refs:
-        coordinator.keep.remote(refs)  # type: ignore[attr-defined]
+        coordinator.keep.remote(refs)
     return [AsyncDataIterator(coordinator, split, n, keep=ds) for split in range(n)]
 
 

@@ -191,7 +191,8 @@ def reduce_untracked(ref: ObjectRef[Any]) -> tuple[Callable[..., ObjectRef[Any]]
     from ray._private.serialization import _object_ref_deserializer
     from ray._private.worker import global_worker
 
-    ref, owner, status = global_worker.core_worker.serialize_object_ref(ref)
+    core: Any = cast("Any", global_worker).core_worker
+    ref, owner, status = core.serialize_object_ref(ref)
     parts = (ref.binary(), ref.call_site(), owner, status, ref.tensor_transport())
     return _object_ref_deserializer, parts
 

@@ -27,23 +27,23 @@ class Parcel(NamedTuple):
     """What the value refers to, which the pieces do not keep."""
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
+        super().__init__(file)  # type: ignore[no-untyped-call]
         self.refs: list[ObjectRef[Any]] = []
 
     def reducer_override(self, value: object) -> Any:
         if isinstance(value, ObjectRef):
             self.refs.append(value)
             return engine.reduce_untracked(value)
-        return super().reducer_override(value)
+        return super().reducer_override(value)  # type: ignore[no-untyped-call]
 
 
 def pack(value: object) -> Parcel:
     """Pickle a value."""
     file = io.BytesIO()
     pickler = _Pickler(file)
-    pickler.dump(value)
+    pickler.dump(value)  # type: ignore[no-untyped-call]
     packed = file.getvalue()
     pieces = [packed[i : i + PIECE_BYTES] for i in range(0, len(packed), PIECE_BYTES)]
     return Parcel(pieces, pickler.refs)

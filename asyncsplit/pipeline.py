@@ -7,37 +7,24 @@ array per column and block, and a batch is a dict of views.
 
 import secrets
 from collections import deque
-from collections.abc import Generator, Iterator
-from functools import cached_property
-from typing import Any, NamedTuple, cast
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from ray.data.block import Block
 
-from asyncsplit.core.shuffle import Indices, ShufflePlan
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.formats import (
-    WINDOW_BYTES,
-    Array,
     Run,
     Slab,
-    are_alike,
     as_block,
-    concat,
     cut,
-    defragment,
-    is_fragmented,
     resolve_batch_format,
-    row_bytes,
     row_count,
     row_lists,
-    take,
     to_batch,
     windows,
 )
-
-SMALL_BYTES = 4 * 2**20
-"""Up to which size parts of a shuffle buffer are copied into one."""
+from asyncsplit.shuffle_buffer import ShuffleBuffer
 
 
 class Pipeline:
@@ -74,21 +61,63 @@ class Pipeline:
         self._carried = 0
         self._whole_blocks = 0
         self.rows_in = 0
-        """Rows of all blocks added."""
+        """Rows of all blocks added, but for those that an earlier pipeline has delivered.
+
+        Until it is known which those are, they are taken to be the first.
+        """
         self.rows_out = 0
         """Rows of all batches handed out."""
         self.rows_dropped = 0
         """Rows of the last batch, if it was dropped for not being full."""
-        self.shuffle_seed: int | None = None
-        """Seed of the shuffle, also if none was given; None if rows are not shuffled."""
-        self._shuffle: _Shuffle | None = None
+        self.shuffle: ShuffleKey | None = None
+        """What the order is drawn from, also if no seed was given; None if it is the input's."""
+        self._shuffle: ShuffleBuffer | None = None
+        self._repeats = 0
         if shuffle_buffer_size is not None:
             if batch_size is None:
                 raise ValueError("Must specify a batch_size if using a local shuffle.")
-            self.shuffle_seed = secrets.randbits(63) if shuffle_seed is None else shuffle_seed
-            self._shuffle = _Shuffle(shuffle_buffer_size, batch_size, self.shuffle_seed)
+            seed = secrets.randbits(63) if shuffle_seed is None else shuffle_seed
+            self.shuffle = ShuffleKey(shuffle_buffer_size, batch_size, seed)
+            self._shuffle = ShuffleBuffer(self.shuffle)
         self.batches: Generator[Any, None, None] = self._run()
         """The batches, and None wherever input is missing."""
+
+    def resume(self, skipped: Sequence[int], delivered: int) -> None:
+        """Go on where an earlier pipeline with the same `shuffle` was, given the same input.
+
+        Then `add` the blocks after the skipped ones, whole. What comes are the batches that were
+        not delivered, in the same order. (Where blocks have unlike types, or Arrow dictionaries,
+        those of a batch can depend on what else is in the buffer, which is less at first.) All
+        counts begin anew, so to resume once more, add them up.
+
+        The order of what was delivered is drawn again: 20 to 70 ms per million rows, most of it
+        here, where nothing else is touched, so that another thread can do it.
+
+        Args:
+            skipped: Rows of each of the input's first blocks, all of which were delivered; if the
+                last batch was dropped for not being full, that counts as delivered.
+            delivered: How many rows were delivered: a multiple of the batch size, or all.
+
+        Raises:
+            ValueError: If rows are not shuffled, the pipeline has input already, or the numbers
+                cannot be right. If only the input shows that, the next batch raises it.
+        """
+        if self._shuffle is None or self.shuffle is None:
+            raise ValueError(
+                "only a pipeline that shuffles can resume: otherwise add what was not delivered"
+            )
+        if self.finished or self._shuffle.has_input:
+            raise ValueError("resume() comes once, before the first add() or finish()")
+        if (lowest := min(delivered, min(skipped, default=0))) < 0:
+            raise ValueError(f"numbers of rows cannot be negative, as {lowest} is")
+        finished = sum(skipped)
+        if finished - delivered >= (self.shuffle.batch_size if self._drop_last else 1):
+            raise ValueError(
+                f"{finished} rows are skipped, but only {delivered} were delivered:"
+                " skip only blocks of which every row was"
+            )
+        self._repeats = max(0, delivered - finished)
+        self._shuffle.resume(skipped, finished + self._repeats)
 
     def add(self, block: Any, start: int, stop: int) -> None:
         """Take rows `start` to `stop` of a block; calls are in the order of the rows.
@@ -104,10 +133,12 @@ class Pipeline:
         if not 0 <= start <= stop <= rows:
             raise ValueError(f"rows {start} to {stop} are not within a block of {rows} rows")
         if self._shuffle is not None:
-            self._shuffle.starts.append(self.rows_in)
+            self._shuffle.expect(stop - start)
         if start < stop:
             self.blocks.append(cut(block, start, stop))
-            self.rows_in += stop - start
+            repeats = min(self._repeats, stop - start)
+            self._repeats -= repeats
+            self.rows_in += stop - start - repeats
 
     def finish(self) -> None:
         """Note that no more blocks come."""
@@ -253,199 +284,3 @@ class RowPipeline(Pipeline):
                 for rows_out in range(self.rows_out + 1, self.rows_out + len(rows) + 1):
                     self.rows_out = rows_out
                     yield rows.pop()
-
-
-class _Shuffle:
-    """The buffer that a `ShufflePlan` draws from, as parts of the blocks the rows came in.
-
-    Rows carried over from one generation to the next stay where they are as long as they are
-    most of a large block; small parts become one, so that drawing from them is cheap.
-    """
-
-    def __init__(self, buffer_size: int, batch_size: int, seed: int) -> None:
-        self.starts: deque[int] = deque()
-        self._oldest = 0
-        self._plan = ShufflePlan(buffer_size, batch_size, seed)
-        self._batch_size = batch_size
-        self._parts: list[_Part] = []
-        self._places = np.zeros(1, np.int64)
-
-    def oldest_unfinished(self) -> int:
-        """Return the number of the oldest entry of `starts` with rows in this generation."""
-        while len(self.starts) > 1 and self.starts[1] <= self._plan.oldest_row():
-            self.starts.popleft()
-            self._oldest += 1
-        return self._oldest
-
-    def finish(self) -> None:
-        """Note that all rows are finished with."""
-        self._oldest += len(self.starts)
-        self.starts.clear()
-
-    def run(self, pipeline: Pipeline) -> Iterator[Block | None]:
-        """Yield blocks of whole batches, only the last of which may be short, and None."""
-        plan = self._plan
-        added: list[Block] = []
-        at_once = self._batch_size
-        while True:
-            while plan.wants_input:
-                if pipeline.blocks:
-                    added.append(pipeline.blocks.popleft())
-                    plan.add(len(added[-1]))
-                elif pipeline.finished:
-                    plan.finish()
-                else:
-                    yield None
-            if (carried := plan.refill()) is not None:
-                self._mix(carried, added)
-                added.clear()
-                width = 1 + sum(part.bytes for part in self._parts) / self._places[-1]
-                at_once = self._batch_size * max(1, int(WINDOW_BYTES / width / self._batch_size))
-            places = plan.draw()
-            if not len(places):
-                return
-            for first in range(0, len(places), at_once):
-                block = [self._take(places[first : first + at_once])]
-                if plan.is_empty and first + at_once >= len(places):
-                    self._parts.clear()
-                yield block.pop()
-
-    def _mix(self, carried: Indices, added: list[Block]) -> None:
-        ends = np.searchsorted(carried, self._places[1:-1])
-        parts = [
-            part.only(places - begin)
-            for part, begin, places in zip(
-                self._parts, self._places, np.split(carried, ends), strict=False
-            )
-            if len(places)
-        ]
-        for group in _small_groups([_Part(_Source(block)) for block in added]):
-            blocks = [part.source.block for part in group]
-            whole = concat(blocks) if len(blocks) > 1 else blocks[0]
-            parts.extend(_Part(_Source(piece)) for piece in _in_single_chunks(whole))
-        self._parts = [_settled(group) for group in _small_groups(parts)]
-        self._places = np.cumsum([0] + [part.size for part in self._parts])
-
-    def _take(self, places: Indices) -> Block:
-        if len(self._parts) == 1:
-            return _gather([self._parts[0].only(places)])
-        where = np.searchsorted(self._places, places, side="right") - 1
-        # Sorting 16 bits is a radix sort.
-        order = np.argsort(where.astype(np.uint16), kind="stable")
-        ends = np.searchsorted(where[order], np.arange(1, len(self._parts)))
-        parts = [
-            part.only(local - begin)
-            for part, begin, local in zip(
-                self._parts, self._places, np.split(places[order], ends), strict=False
-            )
-            if len(local)
-        ]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return _gather([_Part(_Source(_gather(parts)), back)])
-
-
-class _Source:
-    """A block and what is worked out about it once."""
-
-    def __init__(self, block: Block) -> None:
-        self.block = block
-
-    @cached_property
-    def row_bytes(self) -> float:
-        return row_bytes(self.block)
-
-    @cached_property
-    def columns(self) -> list[Array | None]:
-        """The values of each Arrow column as bits, or None if they are not plain memory."""
-        chunks = self.block.to_batches()
-        return [_bits(column) if len(chunks) == 1 else None for column in chunks[0].columns]
-
-
-class _Part(NamedTuple):
-    """Rows of a block: those at the indices ``rows``, or all."""
-
-    source: _Source
-    rows: Indices | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.source.block) if self.rows is None else len(self.rows)
-
-    @property
-    def bytes(self) -> float:
-        return self.size * self.source.row_bytes
-
-    def only(self, rows: Indices) -> "_Part":
-        """Return the part with these of its rows."""
-        return _Part(self.source, rows if self.rows is None else self.rows.take(rows))
-
-    def values(self, index: int) -> Array | None:
-        """Return the bits of a column of plain memory, else None."""
-        values = self.source.columns[index]
-        return values if values is None or self.rows is None else values.take(self.rows)
-
-    def taken(self, columns: list[int] | None = None) -> Block:
-        """Return the rows as a block, or some columns of an Arrow block."""
-        block: Any = self.source.block
-        if columns is not None:
-            block = block.select(columns)
-        return cast("Block", block) if self.rows is None else take(block, self.rows)
-
-
-def _small_groups(parts: list[_Part]) -> Iterator[list[_Part]]:
-    """Yield parts in groups of together no more than `SMALL_BYTES`; a larger one is alone."""
-    group: list[_Part] = []
-    size = 0.0
-    for part in parts:
-        size += part.bytes
-        if group and size > SMALL_BYTES:
-            yield group
-            group, size = [], part.bytes
-        group.append(part)
-    if group:
-        yield group
-
-
-def _in_single_chunks(block: Block) -> list[Block]:
-    """Return blocks with the same rows whose columns have one chunk each."""
-    if not is_fragmented(block):
-        return [block]
-    chunks = max(column.num_chunks for column in block.itercolumns())
-    if row_bytes(block) * len(block) < chunks * WINDOW_BYTES:
-        return [defragment(block)]
-    return [pa.Table.from_batches([chunk]) for chunk in block.to_batches()]
-
-
-def _settled(group: list[_Part]) -> _Part:
-    """Return a group as one part; a single one is copied once most of its block is gone."""
-    part = group[0]
-    if len(group) == 1 and part.size * 2 >= len(part.source.block):
-        return part
-    return _Part(_Source(_gather(group)))
-
-
-def _gather(parts: list[_Part]) -> Block:
-    """Return one block of the rows of all parts, Arrow columns in one chunk each."""
-    if not are_alike([part.source.block for part in parts]):
-        return defragment(concat([part.taken() for part in parts]))
-    schema = parts[0].source.block.schema
-    columns: dict[int, pa.Array | pa.ChunkedArray] = dict.fromkeys(range(len(schema)))
-    for index in columns:
-        values = [bits for part in parts if (bits := part.values(index)) is not None]
-        if len(values) == len(parts):
-            joined = values[0] if len(values) == 1 else np.concatenate(values)
-            buffers = [None, pa.py_buffer(joined)]
-            columns[index] = pa.Array.from_buffers(schema.field(index).type, len(joined), buffers)
-    if others := [index for index, column in columns.items() if column is None]:
-        rest = defragment(concat([part.taken(others) for part in parts]))
-        columns.update(zip(others, rest.columns, strict=True))
-    return pa.Table.from_arrays(list(columns.values()), schema=schema)
-
-
-def _bits(array: pa.Array) -> Array | None:
-    kind = array.type
-    if array.null_count or not pa.types.is_primitive(kind) or kind.bit_width not in (8, 16, 32, 64):
-        return None
-    values = np.frombuffer(array.buffers()[1], f"u{kind.bit_width // 8}")
-    return values[array.offset : array.offset + len(array)]

@@ -8,7 +8,7 @@ half of the size asked for and yields short batches in the middle of the stream;
 neither, and like upstream it needs up to one and a half times that size, plus one block.
 """
 
-from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,17 @@ DRAW_ROWS = 8192
 
 _SCAN_RATIO = 8
 """How many times as many rows as drawn are looked at one by one. It, too, decides the order."""
+
+
+class ShuffleKey(NamedTuple):
+    """What an order is drawn from: with equal keys, inputs of equal blocks get the same.
+
+    As long as NumPy's generator stays the same: other releases may draw differently.
+    """
+
+    buffer_size: int
+    batch_size: int
+    seed: int
 
 
 class ShufflePlan:
@@ -52,7 +63,10 @@ class ShufflePlan:
         self._pending: Indices = self._pool
         self._carried_rows: Indices = self._pool
         self._first_new_row = 0
+        self.places = 0
+        """How many places the current generation has."""
         self.rows_in = 0
+        """Rows of the input added so far."""
 
     @property
     def wants_input(self) -> bool:
@@ -83,7 +97,8 @@ class ShufflePlan:
         self._in_order = True
         self._carried_rows = self.input_rows(carried)
         self._first_new_row = self.rows_in - self._added
-        self._pool = np.arange(len(carried) + self._added)
+        self.places = len(carried) + self._added
+        self._pool = np.arange(self.places)
         self._added = 0
         return carried
 
@@ -134,40 +149,18 @@ class ShufflePlan:
         """Return the lowest number of a row in the current generation, drawn or not."""
         return int(self._carried_rows[0]) if len(self._carried_rows) else self._first_new_row
 
-    def replay(self, counts: Iterable[int], delivered: int) -> Indices:
-        """Advance a new plan by ``delivered`` rows; return which rows are still to come.
+    def skip(self, rows: int) -> int:
+        """Draw up to ``rows`` rows that nobody needs any more; return how many, zero at the end.
 
-        Afterwards `draw` goes on where the plan was after so many rows.
-
-        Args:
-            counts: Rows of each of the input's blocks, as given to `add` the first time.
-            delivered: How many rows have been handed out.
-
-        Returns:
-            The numbers, ascending, of rows below ``rows_in`` not yet delivered. All rows from
-            ``rows_in`` on are still to come as well.
-
-        Raises:
-            ValueError: If the input has fewer rows than that.
+        In place of `draw`, it finds a position again without any data: what `draw` returns next
+        is what it would have returned after so many rows.
         """
-        blocks = iter(counts)
-        left = delivered
-        while True:
-            while self.wants_input and left:
-                if (rows := next(blocks, None)) is None:
-                    self.finish()
-                else:
-                    self.add(rows)
-            if not left:
-                break
-            self.refill()
-            drawn = self.draw()
-            if not len(drawn):
-                raise ValueError(
-                    f"cannot have delivered {delivered} rows of an input of {self.rows_in}"
-                )
-            self._pending = drawn[left:]
-            left -= min(left, len(drawn))
-        remaining = self.input_rows(np.concatenate([self._pending, self._pool]))
-        remaining.sort()
-        return remaining
+        drawn = self.draw()
+        self._pending = drawn[rows:]
+        return min(rows, len(drawn))
+
+    def remaining(self) -> Indices:
+        """Return the numbers, ascending, of the current generation's rows not drawn yet."""
+        rows = self.input_rows(np.concatenate([self._pending, self._pool]))
+        rows.sort()
+        return rows

@@ -4,7 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ray.data.block import BlockAccessor
 
 from asyncsplit import engine
-from asyncsplit.core.shuffle import ShufflePlan
+from asyncsplit.core.shuffle import DRAW_ROWS, ShuffleKey, ShufflePlan
 from asyncsplit.formats import SUPPORTED_FORMATS, block_rows, resolve_batch_format
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from tests.same import assert_same, feed
@@ -397,7 +397,7 @@ def mixed_blocks() -> list[Any]:
 def test_unlike_blocks_are_shuffled_together(
     batch_format: str | None, small: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("asyncsplit.pipeline.SMALL_BYTES", small)
+    monkeypatch.setattr("asyncsplit.shuffle_buffer.SMALL_BYTES", small)
     pipeline = Pipeline(
         batch_size=7, batch_format=batch_format, shuffle_buffer_size=25, shuffle_seed=2
     )
@@ -423,18 +423,20 @@ def test_positions_are_not_labels() -> None:
 
 
 def test_a_seed_is_drawn_if_none_is_given() -> None:
-    def shuffled(seed: int | None) -> tuple[int | None, list[int]]:
+    def shuffled(seed: int | None) -> tuple[ShuffleKey, list[int]]:
         pipeline = Pipeline(
             batch_size=8, batch_format="numpy", shuffle_buffer_size=100, shuffle_seed=seed
         )
-        return pipeline.shuffle_seed, ids(list(feed(pipeline, blocks_of([100, 100]))))
+        assert pipeline.shuffle is not None
+        return pipeline.shuffle, ids(list(feed(pipeline, blocks_of([100, 100]))))
 
-    seed, rows = shuffled(None)
-    other_seed, other_rows = shuffled(None)
-    assert seed != other_seed
+    key, rows = shuffled(None)
+    other_key, other_rows = shuffled(None)
+    assert key == (100, 8, key.seed)
+    assert key.seed != other_key.seed
     assert rows != other_rows
-    assert shuffled(seed) == (seed, rows)
-    assert Pipeline(batch_size=8, batch_format="numpy").shuffle_seed is None
+    assert shuffled(key.seed) == (key, rows)
+    assert Pipeline(batch_size=8, batch_format="numpy").shuffle is None
 
 
 def test_a_shuffle_needs_a_batch_size() -> None:
@@ -464,6 +466,254 @@ def test_the_oldest_unfinished_block_is_never_named_too_late(
         oldest = named
         finished |= set(ids([batch]))
     assert pipeline.oldest_unfinished == len(counts)
+
+
+class Leg(NamedTuple):
+    """What one of several pipelines, each going on where the one before stopped, has done."""
+
+    batches: list[Any]
+    skipped: int
+    delivered: int
+
+
+def run_leg(
+    pipeline: Pipeline,
+    blocks: list[Any],
+    before: Leg,
+    batches: int | None,
+    *,
+    unfinished: bool = False,
+    exact: bool = False,
+) -> Leg:
+    """Resume after `before`, take up to so many batches, and return the totals.
+
+    Args:
+        pipeline: The pipeline to resume.
+        blocks: The whole input.
+        before: What has been done so far.
+        batches: How many batches to take; None for all.
+        unfinished: Whether the last batch is still in use, and so does not count as delivered.
+        exact: Whether to skip all blocks possible, instead of what the pipeline says.
+    """
+    skipped, delivered = before.skipped, before.delivered
+    block_of = np.repeat(np.arange(len(blocks)), [len(block) for block in blocks])
+    done = set(ids(before.batches))
+    if skipped or delivered:
+        pipeline.resume([len(block) for block in blocks[:skipped]], delivered)
+    assert pipeline.oldest_unfinished == 0
+    assert pipeline.rows_in == pipeline.rows_out == pipeline.batches_out == 0
+    ours: list[Any] = []
+    source = feed(pipeline, blocks[skipped:])
+    while batches is None or len(ours) < batches:
+        if (batch := next(source, None)) is None:
+            break
+        assert pipeline.rows_buffered >= 0
+        assert pipeline.oldest_unfinished is not None
+        # A batch may still be in use while its successor is not asked for.
+        left = min(set(range(len(block_of))) - done)
+        assert skipped + pipeline.oldest_unfinished <= block_of[left]
+        ours.append(batch)
+        done |= set(ids([batch]))
+    assert pipeline.batches_out == len(ours)
+    assert pipeline.rows_out == sum(len(ids([batch])) for batch in ours)
+    oldest = pipeline.oldest_unfinished
+    assert oldest is not None
+    if batches is None:
+        assert pipeline.rows_buffered == 0
+        assert skipped + oldest == len(blocks)
+        assert pipeline.rows_in == pipeline.rows_out + pipeline.rows_dropped
+    elif unfinished and ours and len(ours) == batches:
+        ours.pop()
+    delivered += len(ids(ours))
+    skipped += oldest
+    if exact and (rest := set(range(len(block_of))) - set(ids([*before.batches, *ours]))):
+        skipped = int(block_of[min(rest)])
+    return Leg([*before.batches, *ours], skipped, delivered)
+
+
+@pytest.mark.parametrize("draw_rows", [8, DRAW_ROWS])
+@fewer
+@given(
+    st.lists(st.integers(0, 25), max_size=16),
+    st.integers(1, 12),
+    st.integers(1, 60),
+    st.integers(0, 2**63),
+    formats,
+    st.sampled_from([table, frame]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 2000, 4 * 2**20]),
+    st.lists(st.integers(0, 30), max_size=3),
+)
+def test_a_resumed_shuffle_delivers_the_rest(
+    draw_rows: int,
+    counts: list[int],
+    batch_size: int,
+    buffer_size: int,
+    seed: int,
+    batch_format: str | None,
+    make: Any,
+    drop_last: bool,
+    unfinished: bool,
+    exact: bool,
+    small: int,
+    cuts: list[int],
+) -> None:
+    def pipeline() -> Pipeline:
+        return Pipeline(
+            batch_size=batch_size,
+            batch_format=batch_format,
+            drop_last=drop_last,
+            shuffle_buffer_size=buffer_size,
+            shuffle_seed=seed,
+        )
+
+    blocks = blocks_of(counts, make)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("asyncsplit.core.shuffle.DRAW_ROWS", draw_rows)
+        patch.setattr("asyncsplit.shuffle_buffer.SMALL_BYTES", small)
+        whole = list(feed(pipeline(), blocks))
+        leg = Leg([], 0, 0)
+        for batches in cuts:
+            leg = run_leg(pipeline(), blocks, leg, batches, unfinished=unfinished, exact=exact)
+        leg = run_leg(pipeline(), blocks, leg, None)
+        assert_same(leg.batches, whole)
+        # At the end nothing is to come, whether or not a last batch was dropped.
+        assert run_leg(pipeline(), blocks, leg, None) == leg
+    if drop_last:
+        assert leg.delivered == sum(counts) // batch_size * batch_size
+    else:
+        assert leg.delivered == sum(counts)
+
+
+def shuffling(**options: Any) -> Pipeline:
+    return Pipeline(
+        batch_size=4, batch_format="numpy", shuffle_buffer_size=6, shuffle_seed=1, **options
+    )
+
+
+@pytest.mark.parametrize("small", [1, 600, 2**20])
+@pytest.mark.parametrize("batches", range(0, 86, 17))
+def test_a_shuffle_of_unlike_blocks_resumes(
+    small: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("asyncsplit.shuffle_buffer.SMALL_BYTES", small)
+    blocks = [*mixed_blocks()[:4], in_chunks(mixed_blocks()[4], 70)]
+    leg = run_leg(shuffling(), blocks, Leg([], 0, 0), batches, exact=True)
+    leg = run_leg(shuffling(), blocks, leg, None)
+    assert ids(leg.batches) == ids(list(feed(shuffling(), blocks)))
+
+
+def test_a_shuffle_resumes_after_it_has_asked_for_input() -> None:
+    blocks = blocks_of([10] * 6)
+    whole = list(feed(shuffling(), blocks))
+    pipeline = shuffling()
+    assert next(pipeline.batches) is None
+    pipeline.resume([], 24)
+    assert_same(list(feed(pipeline, blocks)), whole[6:])
+
+
+def test_a_skip_of_all_blocks_ends_a_shuffle_with_a_dropped_batch() -> None:
+    for delivered in (8, 10):
+        pipeline = shuffling(drop_last=True)
+        pipeline.resume([5, 0, 5], delivered)
+        assert list(feed(pipeline, [])) == []
+        assert (pipeline.rows_in, pipeline.rows_buffered, pipeline.rows_dropped) == (0, 0, 0)
+
+
+def test_rows_delivered_before_are_not_counted() -> None:
+    pipeline = shuffling()
+    pipeline.resume([], 12)
+    seen = []
+    for block in blocks_of([10] * 3):
+        pipeline.add(block, 0, 10)
+        seen.append((pipeline.rows_in, pipeline.rows_buffered))
+    assert seen == [(0, 0), (8, 8), (18, 18)]
+    pipeline.finish()
+    next(pipeline.batches)
+    assert (pipeline.rows_out, pipeline.batches_out, pipeline.rows_buffered) == (4, 1, 14)
+
+
+def test_blocks_of_which_nothing_is_to_come_are_freed_while_others_are_waited_for() -> None:
+    counts = [8] * 50
+    whole = shuffling()
+    batches = feed(whole, blocks_of(counts))
+    for _ in range(60):
+        next(batches)
+    pipeline = shuffling()
+    pipeline.resume([], 240)
+    held = []
+    for number in counts[:25]:
+        block, ref = memory(number)
+        held.append(ref)
+        pipeline.add(block, 0, number)
+        del block
+        assert next(pipeline.batches) is None
+    assert sum(ref() is not None for ref in held) < 6
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        (Pipeline(batch_size=4, batch_format="numpy"), "only a pipeline that shuffles"),
+        (RowPipeline(), "only a pipeline that shuffles"),
+    ],
+)
+def test_in_order_there_is_nothing_to_resume(pipeline: Pipeline, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.resume([], 0)
+
+
+@pytest.mark.parametrize("before", ["add", "add nothing", "finish", "resume"])
+def test_a_shuffle_resumes_only_at_its_start(before: str) -> None:
+    pipeline = shuffling()
+    if before == "finish":
+        pipeline.finish()
+    elif before == "resume":
+        pipeline.resume([8], 8)
+    else:
+        pipeline.add(table(0, 5), 0, 5 if before == "add" else 0)
+    with pytest.raises(ValueError, match=r"once, before the first add\(\) or finish\(\)"):
+        pipeline.resume([8], 8)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "delivered", "drop_last", "message"),
+    [
+        ([], -4, False, "cannot be negative, as -4 is"),
+        ([3, -1], 4, False, "cannot be negative, as -1 is"),
+        ([9], 8, False, "9 rows are skipped, but only 8 were delivered"),
+        ([8, 4], 8, True, "12 rows are skipped, but only 8 were delivered"),
+    ],
+)
+def test_impossible_numbers_are_refused_at_once(
+    skipped: list[int], delivered: int, drop_last: bool, message: str
+) -> None:
+    pipeline = shuffling(drop_last=drop_last)
+    with pytest.raises(ValueError, match=message):
+        pipeline.resume(skipped, delivered)
+    assert len(list(feed(pipeline, blocks_of([5])))) == (1 if drop_last else 2)
+
+
+@pytest.mark.parametrize(
+    ("skipped", "delivered", "drop_last", "message"),
+    [
+        ([], 44, False, "cannot resume after 44 rows of an input of 40"),
+        ([10], 44, False, "cannot resume after 44 rows of an input of 40"),
+        ([], 10, False, "cannot resume after 10 rows: all batches but the last have 4"),
+        ([10] * 3, 32, False, r"row \d+ is not among the first 32 to be delivered"),
+        ([10], 8, True, r"row \d+ is not among the first 10 to be delivered"),
+    ],
+)
+def test_impossible_numbers_are_refused_once_the_input_shows_it(
+    skipped: list[int], delivered: int, drop_last: bool, message: str
+) -> None:
+    pipeline = shuffling(drop_last=drop_last)
+    pipeline.resume(skipped, delivered)
+    with pytest.raises(ValueError, match=message):
+        list(feed(pipeline, blocks_of([10] * 4)[len(skipped) :]))
+    assert next(pipeline.batches, "ended") == "ended"
 
 
 def test_in_order_nobody_needs_to_name_the_oldest_unfinished_block() -> None:

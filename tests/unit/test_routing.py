@@ -25,7 +25,7 @@ def parts(sizes: Sequence[int], nodes: Sequence[str | None] = ()) -> list[Part]:
 
 
 def route_all(router: RowsRouter, sizes: Sequence[int], hungry: set[int]) -> list[Assignment]:
-    out = []
+    out: list[Assignment] = []
     for part in parts(sizes):
         router.add(part)
         out += router.assign(hungry)
@@ -88,7 +88,7 @@ def test_shares_by_rows_do_not_depend_on_timing(
 ) -> None:
     steady = route_all(make_router(n, equal=equal, routing="rows"), sizes, set())
     router = make_router(n, equal=equal, routing="rows")
-    out = []
+    out: list[Assignment] = []
     for part, who in zip(parts(sizes), hungry, strict=False):
         router.add(part)
         if who:
