@@ -54,9 +54,11 @@ class Consumer:
         Raises:
             ConsumerConflictError: If another stream of this consumer is open.
         """
-        if self._other_open(stream):
-            # One that was cancelled may linger in a cycle of traceback and frames.
-            gc.collect(1)
+        # One that was cancelled may linger in a cycle of traceback and frames; after a long loop
+        # only a full collection finds it, which costs less than a loop that is refused.
+        for generation in (1, 2):
+            if self._other_open(stream):
+                gc.collect(generation)
         if self._other_open(stream):
             raise ConsumerConflictError(
                 f"split {self.split} is already being iterated by another stream of this"

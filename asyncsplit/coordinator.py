@@ -11,18 +11,20 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from ray import ObjectRef
 from ray.data import DataContext, Dataset, Schema
 
 from asyncsplit import engine
 from asyncsplit.core.epochs import Epochs, Phase, Stream
-from asyncsplit.core.ledger import Ledger, Position
+from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, listing
+from asyncsplit.core.replay import Replay
 from asyncsplit.core.routing import Part, make_router
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import (
     ConsumerConflictError,
     ConsumerLostError,
@@ -31,7 +33,7 @@ from asyncsplit.errors import (
     StreamClosedError,
 )
 from asyncsplit.guard import DuringExecution, Guard
-from asyncsplit.lifeline import Lifelines
+from asyncsplit.lifeline import VERDICT_S, Lifelines
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import unpack
 from asyncsplit.pump import Pump
@@ -48,6 +50,8 @@ from asyncsplit.wire import (
     Status,
     replies,
 )
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +98,18 @@ class SplitCoordinator:
         self._ledger = self._new_ledger()
         self._pump: Pump | None = None
         self._openings: dict[int, asyncio.Future[Started]] = {}
+        self._shuffles: dict[int, ShuffleKey | None] = {}
+        self._earlier: tuple[tuple[Past, ...], ...] = ()
+        self._replays: list[Replay] = []
         self._pulls: dict[int, asyncio.Future[None]] = {}
-        self._failed: tuple[int, Failure] | None = None
+        self._failed: tuple[int, Failure, Collection[Stream]] | None = None
         self._liveness = Liveness(options.barrier_timeout_s, options.rejoin_timeout_s)
         self._lifelines = Lifelines()
         self._started: dict[int, Started] = {}
         self._arrived_at: dict[int, float] = {}
         self._pulled_at: dict[int, float] = {}
         self._ticking = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping: asyncio.Task[None] | None = None
         self._shut = False
         self._endpoint = Endpoint.serve(self._state, options.telemetry)
@@ -114,6 +121,7 @@ class SplitCoordinator:
         stream: Stream,
         lifeline: Sequence["ObjectRef[Any]"],
         position: Position | None,
+        shuffle: ShuffleKey | None,
         serialized_bytes: int,
         counters: ConsumerCounters,
     ) -> Started:
@@ -123,15 +131,19 @@ class SplitCoordinator:
         it takes that epoch over, from the first row that is not committed.
 
         ``lifeline`` holds the reference to the consumer's call of `hold`; ``position`` is where
-        it stands, if it has read the split before; ``serialized_bytes`` is the pickled size of
-        its iterator, 0 if it never was.
+        it stands, if it has read the split before; ``shuffle`` what its order is drawn from;
+        ``serialized_bytes`` is the pickled size of its iterator, 0 if it never was.
         """
         stream = Stream(*stream)
         # Also of a stream that is refused: should it die now, its parked call must return.
-        died = functools.partial(self._bury, split, stream)
-        self._spawn(self._lifelines.watch(stream, lifeline[0], died))
+        bury = functools.partial(self._bury, split, stream)
+        died = self._spawn(self._lifelines.watch(stream, lifeline[0], bury))
         await self._wait_for_verdict(split, stream)
         self._check_open()
+        if died.done() and died.result():
+            raise StreamClosedError("the stream's consumer died")
+        if self._failed is not None and stream in self._failed[2]:
+            raise self._failed[1].unpack()
         # After the wait: calls that have waited for the same verdict go on one after the other.
         if (earlier := self._epochs.superseded_by(split, stream)) is not None:
             self._leave(split, earlier)
@@ -145,11 +157,12 @@ class SplitCoordinator:
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
         if self._epochs.phase is Phase.RUNNING and self._epochs.active.get(split) == stream:
             if takes_over:
-                self._started[split] = self._take_over(split)
+                self._started[split] = self._take_over(split, shuffle)
             return self._started[split]
         if split not in self._openings or self._openings[split].done():
             self._openings[split] = asyncio.get_running_loop().create_future()
             self._arrived_at[split] = now
+        self._shuffles[split] = shuffle
         opening = self._openings[split]
         self._open_if_ready()
         return await asyncio.shield(opening)
@@ -158,7 +171,7 @@ class SplitCoordinator:
     async def hold(self, split: int, stream: Stream) -> None:
         """Return when the stream is closed: until then its owner's death shows."""
         stream = Stream(*stream)
-        if not self._epochs.is_closed(split, stream):
+        if not (self._epochs.is_closed(split, stream) or stream.consumer in self._epochs.dead):
             await self._lifelines.hold(stream)
 
     @replies
@@ -166,7 +179,7 @@ class SplitCoordinator:
         """Note that a consumer is dead, for those who know it sooner than Ray does."""
         stream = Stream(*stream)
         self._bury(split, stream)
-        self._lifelines.bury(stream)
+        self._lifelines.release(stream)
 
     @replies
     async def pull(
@@ -207,7 +220,8 @@ class SplitCoordinator:
         end = begin + len(slices) == log.next_seq and self._ledger.exhausted(split)
         if cursor is not None:
             return Delivery(begin, slices, end)
-        return Delivery(begin, slices, end, log.skip_rows, log.check)
+        skipped = tuple(log.skipped) if log.shuffle else ()
+        return Delivery(begin, slices, end, log.skip_rows, log.check, skipped)
 
     @replies
     async def acknowledge(
@@ -302,8 +316,10 @@ class SplitCoordinator:
         """Start the executor for an epoch whose barrier has opened, and let everybody in."""
         openings = {split: self._openings[split] for split in self._epochs.active}
         self._ledger = self._new_ledger(resume)
+        self._replays = []
         try:
-            self._check_resume(resume)
+            self._earlier = self._check_resume(resume)
+            self._replays = [Replay(splits, equal=self._equal) for splits in self._earlier]
             execution = await self._guard.start(epoch)
         except Exception as raised:  # the consumers get it, whatever it is
             error = engine.unwrap(raised)
@@ -323,8 +339,12 @@ class SplitCoordinator:
         for split in set(range(self._n)) - {*self._epochs.active, *resume}:
             self._ledger.leave(split)  # closed while the executor was starting
         for split in openings:
-            rows = resume[split].rows if split in resume else 0
-            self._started[split] = Started(epoch, self._prefetch_bytes, rows)
+            position = resume.get(split, Position(epoch))
+            if not position.rows:
+                self._ledger.logs[split].shuffle = self._shuffles[split]
+            self._started[split] = Started(
+                epoch, self._prefetch_bytes, position.rows, position.shuffle, self._earlier
+            )
         for split in self._epochs.active:
             # Not as they were before the start: who replaced a dead one may have its own.
             if not self._openings[split].done():
@@ -341,11 +361,19 @@ class SplitCoordinator:
             return
         for bundle in bundles:
             self._guard.observe(bundle.schema)
-            self._ledger.produce(
+        try:
+            self._produce(
                 Part(block.ref, block.start, block.stop, block.size_bytes, block.node_id)
+                for bundle in bundles
                 for block in bundle.blocks
                 if block.stop > block.start
             )
+            if isinstance(end, StopIteration):
+                while self._replays:
+                    self._produce(self._replays.pop(0).finish())
+        except StateMismatchError as error:
+            self._fail(Failure.of(error))
+            return
         if isinstance(end, StopIteration):
             self._ledger.finish()
             self._guard.exhausted()
@@ -353,6 +381,11 @@ class SplitCoordinator:
             self._fail(Failure.of(engine.unwrap(end)))
             return
         self._settle()
+
+    def _produce(self, parts: Iterable[Part]) -> None:
+        for replay in self._replays:
+            parts = replay.rest(parts)
+        self._ledger.produce(parts)
 
     def _acknowledge(
         self,
@@ -397,17 +430,17 @@ class SplitCoordinator:
 
         A replacement may be quicker than that; an intruder is not made faster by a wait.
         """
-        heard = {stream.consumer}
-        while holder := self._epochs.holder(split):
-            if holder.consumer in heard or holder.consumer in self._epochs.dead:
-                return
+        now = asyncio.get_running_loop().time
+        until = {stream.consumer: now()}
+        while (holder := self._epochs.holder(split)) and holder.consumer not in self._epochs.dead:
             # While this one waits, another one may be let in that has died since.
-            await self._lifelines.verdict(holder.consumer)
-            heard.add(holder.consumer)
+            if until.setdefault(holder.consumer, now() + VERDICT_S) <= now():
+                return
+            await self._lifelines.news(holder, until[holder.consumer])
 
     def _bury(self, split: int, stream: Stream) -> None:
         """Keep a dead consumer's place in the epoch for whoever replaces it."""
-        self._epochs.dead.add(stream.consumer)
+        self._epochs.dead[stream.consumer] = None
         holder = self._epochs.holder(split)
         if holder is None or holder.consumer != stream.consumer:
             return
@@ -423,17 +456,26 @@ class SplitCoordinator:
                 self._epochs.epoch,
             )
 
-    def _take_over(self, split: int) -> Started:
+    def _take_over(self, split: int, shuffle: ShuffleKey | None) -> Started:
         """Let a new consumer go on where one died."""
-        self._ledger.rewind(split)
+        self._ledger.rewind(split, shuffle)
+        log = self._ledger.logs[split]
         self._settle()
-        rows = self._ledger.logs[split].committed_rows
-        return Started(self._epochs.epoch, self._prefetch_bytes, rows)
+        return Started(
+            self._epochs.epoch,
+            self._prefetch_bytes,
+            log.begin_row,
+            log.shuffle,
+            self._earlier,
+        )
 
-    def _check_resume(self, resume: Mapping[int, Position]) -> None:
-        """Refuse to go on in the middle of an epoch that cannot be produced the same way again."""
+    def _check_resume(self, resume: Mapping[int, Position]) -> tuple[tuple[Past, ...], ...]:
+        """Refuse to go on in the middle of an epoch that cannot be produced the same way again.
+
+        Returns what earlier runs have read of it.
+        """
         if not resume:
-            return
+            return ()
         saved = {split for split, position in resume.items() if position.saved}
         if saved and (without := set(range(self._n)) - set(resume)):
             raise StateMismatchError(
@@ -441,7 +483,13 @@ class SplitCoordinator:
                 f" {sorted(without)} have no state of it: load the states of all splits"
             )
         if self._keeps_order and self._options.routing == "rows":
-            return
+            earlier = {p.earlier for p in resume.values() if p.rows != FINISHED}
+            if len(earlier) > 1:
+                raise StateMismatchError(
+                    f"the splits resume epoch {self._epochs.epoch} from states of different runs:"
+                    " load the states of one run into all of them"
+                )
+            return earlier.pop() if earlier else ()
         why = (
             "the same blocks in the same order are needed for that. Set"
             " ds.context.execution_options.preserve_order = True, and routing='rows'"
@@ -533,7 +581,7 @@ class SplitCoordinator:
             for split in self._epochs.active:
                 _reject(self._openings[split], failure.unpack())
         if self._epochs.phase is not Phase.WAITING:
-            self._failed = (self._epochs.epoch, failure)
+            self._failed = (self._epochs.epoch, failure, tuple(self._epochs.active.values()))
             self._end_epoch("failed")
 
     def _end_epoch(self, outcome: str) -> None:
@@ -554,7 +602,7 @@ class SplitCoordinator:
         self._stopping = None if outcome == "completed" else stopping
         self._open_if_ready()
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

@@ -21,6 +21,8 @@ from asyncsplit import engine
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.ledger import Position, fingerprint
+from asyncsplit.core.shuffle import ShuffleKey
+from asyncsplit.errors import StateMismatchError
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import Reply, ask, opened
 from asyncsplit.telemetry.state import ConsumerCounters
@@ -78,6 +80,7 @@ class Feed:
         self._check = 0
         self._next_row = 0
         self._marks: deque[tuple[int, int]] = deque()
+        self._unmarked = 0
         self._pulling: Future[Any] | None = None
         # A call that never returns: the coordinator holds a reference to its result, which this
         # process owns, and so hears of it when this process dies.
@@ -154,20 +157,42 @@ class Feed:
 
     def position(self, finished_rows: int) -> Position:
         """Return where the training loop stands, having finished with so many rows."""
+        arrived = self._consumer.position
         if self.started is None:
-            return self._consumer.position or Position(0)
+            return arrived or Position(0)
+        if self._cursor is None:
+            # Nothing has been delivered, so the fingerprint of what was skipped is not known here.
+            if arrived and arrived.epoch == self.started.epoch:
+                return arrived
+            return Position(self.started.epoch)
         rows = self._progress(finished_rows).rows
-        if (oldest := self._pipeline.oldest_unfinished) is not None:
-            # What is finished of shuffled rows is no number: go back to where all of it is.
-            rows = min(
-                (row for row, _ in itertools.islice(self._marks, oldest, None)), default=rows
-            )
+        if (low := self._progress(finished_rows).low) is not None:
+            if self._draws_all:
+                key = self._pipeline.shuffle
+                return Position(
+                    self.started.epoch,
+                    rows,
+                    self._check,
+                    self._fed,
+                    shuffle=key,
+                    low=low,
+                    earlier=self.started.earlier,
+                )
+            # Which rows are finished is no number: go back to where all of them are.
+            rows = self._marks[0][0] if self._marks else rows
         check = self._check
         for first_row, check_after in self._marks:
             if first_row >= rows:
                 break
             check = check_after
-        return Position(self.started.epoch, rows, check, self._fed)
+        earlier = self.started.earlier
+        return Position(self.started.epoch, rows, check, self._fed, earlier=earlier)
+
+    @property
+    def _draws_all(self) -> bool:
+        """Whether all of the split's rows are in one shuffled order, from the first on."""
+        assert self.started is not None
+        return self.started.rows == 0 or self.started.shuffle is not None
 
     def _arrive(self, position: Position | None) -> "Future[Reply[Started]]":
         return ask(
@@ -177,13 +202,14 @@ class Feed:
             self._stream,
             [self._lifeline],
             position,
+            self._pipeline.shuffle,
             self._consumer.serialized_bytes,
             self._consumer.totals,
         )
 
     def _start(self, started: Started) -> None:
         """Begin to pull; after a restart of the coordinator, what has not been begun yet."""
-        if self.started is None:
+        if self._cursor is None:
             self.started = started
         self._starting = None
 
@@ -215,6 +241,8 @@ class Feed:
             self._skip_rows = reply.skip_rows
             self._check = reply.check
             self._next_row = self.started.rows - reply.skip_rows
+            if self.started.shuffle is not None:
+                self._pipeline.resume(reply.skipped, self.started.rows, self.started.shuffle.seed)
         self._backlog.extend(_Pending(Slice(*part)) for part in reply.slices)
         self._backlog_bytes += sum(part.size_bytes for part in reply.slices)
         self._cursor = reply.cursor + len(reply.slices)
@@ -317,7 +345,34 @@ class Feed:
         if oldest is None:
             while len(self._marks) > 1 and self._marks[1][0] <= rows:
                 self._check = self._marks.popleft()[1]
-        return Progress(rows, self._fed, None if oldest is None else self._first + oldest)
+            return Progress(rows, self._fed)
+        while self._unmarked < oldest:
+            self._check = self._marks.popleft()[1]
+            self._unmarked += 1
+        return Progress(rows, self._fed, self._first + oldest)
 
     def _send(self, method: str, *args: object) -> "Future[Any]":
         return ask(self._consumer.coordinator, method, self._consumer.split, *args, self.counters())
+
+
+def check_shuffle(consumer: Consumer, pipeline: Pipeline | RowPipeline) -> None:
+    """Refuse to go on in the middle of an epoch that was shuffled otherwise.
+
+    Raises:
+        StateMismatchError: If the state that was loaded says so.
+    """
+    position, key = consumer.position, pipeline.shuffle
+    if position is None or not position.saved or not position.rows:
+        return
+    before = position.shuffle
+    if before is not key and (before is None or key is None or not before.is_like(key)):
+        raise StateMismatchError(
+            f"the state of split {consumer.split} was saved with {_sizes(before)}, and"
+            f" cannot be resumed in the middle of its epoch with {_sizes(key)}: use the same"
+        )
+
+
+def _sizes(key: ShuffleKey | None) -> str:
+    if key is None:
+        return "local_shuffle_buffer_size=None"
+    return f"local_shuffle_buffer_size={key.buffer_size} and batch_size={key.batch_size}"

@@ -112,25 +112,28 @@ class AsyncDataIterator:
         """Return a stream of this split's rows, each a dict."""
         return BatchStream(self._consumer, RowPipeline, prefetch_batches=1, batch_size=None)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return where the training loop stands: a few integers, JSON-serialisable, at once.
 
-        The batch in hand is not counted: it is finished when the next one is asked for. With a
-        local shuffle only the end of an epoch is a place to resume from, so that a state taken in
-        the middle of one goes back to the oldest row not finished with.
+        The batch in hand is not counted: it is finished when the next one is asked for.
         """
         return state_of(self._consumer.where(), self.split_index, self._world_size)
 
-    def load_state_dict(self, state: Mapping[str, int] | Sequence[Mapping[str, int]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on where an earlier run's `state_dict` was taken.
 
         Each split loads its own state, or the list of all splits' states, before it is iterated.
-        The dataset must be the same and preserve order; blocks that are finished with are not
-        fetched.
+        That list may come from a run with another number of splits: the new ones share what is
+        left of the epoch. The dataset must be the same and preserve order; blocks that are
+        finished with are not fetched.
+
+        With a local shuffle in the middle of an epoch, the number of splits and the sizes of
+        buffer and batch must be the same. The rest of the epoch is then drawn with the seed it
+        began with.
 
         Raises:
             StateMismatchError: If the state is not one of this split, is damaged, or comes too
-                late. That the dataset is another one shows when the epoch starts.
+                late. That the dataset or the shuffle is another one shows when the epoch starts.
         """
         if self._consumer.streams:
             raise StateMismatchError(

@@ -20,46 +20,40 @@ VERDICT_S = 3.0
 
 
 class Lifelines:
-    """The parked calls of all streams, and the deaths they showed."""
+    """The parked calls of all streams, and those who wait for news of one."""
 
     def __init__(self) -> None:
         """Start with none."""
         self._parked: dict[Stream, asyncio.Future[None]] = {}
-        self._deaths: dict[str, asyncio.Event] = {}
+        self._news: dict[Stream, asyncio.Event] = {}
 
     async def hold(self, stream: Stream) -> None:
         """Return when the stream is released."""
-        if self._death_of(stream.consumer).is_set():
-            return
         parked = self._parked[stream] = asyncio.get_running_loop().create_future()
         await parked
 
     def release(self, stream: Stream) -> None:
-        """Let a stream's parked call return, if it has come."""
+        """Let a stream's parked call return, if it has come: the stream is closed, or dead."""
         parked = self._parked.pop(stream, None)
         if parked is not None and not parked.done():
             parked.set_result(None)
+        if (news := self._news.pop(stream, None)) is not None:
+            news.set()
 
     async def watch(
         self, stream: Stream, lifeline: "ObjectRef[Any]", died: Callable[[], None]
-    ) -> None:
-        """Call ``died`` if the stream's process dies before the stream is released."""
+    ) -> bool:
+        """Call ``died``, and return True, if the process dies before the stream is released."""
         try:
             await lifeline
         except RayError:
             died()
-            self.bury(stream)
+            self.release(stream)
+            return True
+        return False
 
-    def bury(self, stream: Stream) -> None:
-        """Spread the news that a stream's consumer has died."""
-        self._death_of(stream.consumer).set()
-        self.release(stream)
-
-    async def verdict(self, consumer: str) -> None:
-        """Return when a consumer has died, or when it would have shown by now."""
+    async def news(self, stream: Stream, until: float) -> None:
+        """Return when a stream is released, or at that time of the loop's."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(VERDICT_S):
-                await self._death_of(consumer).wait()
-
-    def _death_of(self, consumer: str) -> asyncio.Event:
-        return self._deaths.setdefault(consumer, asyncio.Event())
+            async with asyncio.timeout_at(until):
+                await self._news.setdefault(stream, asyncio.Event()).wait()

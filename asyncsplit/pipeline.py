@@ -82,8 +82,8 @@ class Pipeline:
         self.batches: Generator[Any, None, None] = self._run()
         """The batches, and None wherever input is missing."""
 
-    def resume(self, skipped: Sequence[int], delivered: int) -> None:
-        """Go on where an earlier pipeline with the same `shuffle` was, given the same input.
+    def resume(self, skipped: Sequence[int], delivered: int, seed: int | None = None) -> None:
+        """Go on where an earlier pipeline of the same sizes was, given the same input.
 
         Then `add` the blocks after the skipped ones, whole. What comes are the batches that were
         not delivered, in the same order. (Where blocks have unlike types, or Arrow dictionaries,
@@ -97,6 +97,7 @@ class Pipeline:
             skipped: Rows of each of the input's first blocks, all of which were delivered; if the
                 last batch was dropped for not being full, that counts as delivered.
             delivered: How many rows were delivered: a multiple of the batch size, or all.
+            seed: What the earlier pipeline's order is drawn from; None if it had this one's seed.
 
         Raises:
             ValueError: If rows are not shuffled, the pipeline has input already, or the numbers
@@ -117,7 +118,9 @@ class Pipeline:
                 " skip only blocks of which every row was"
             )
         self._repeats = max(0, delivered - finished)
-        self._shuffle.resume(skipped, finished + self._repeats)
+        if seed is not None:
+            self.shuffle = self.shuffle._replace(seed=seed)
+        self._shuffle.resume(skipped, finished + self._repeats, self.shuffle.seed)
 
     def add(self, block: Any, start: int, stop: int) -> None:
         """Take rows `start` to `stop` of a block; calls are in the order of the rows.

@@ -81,8 +81,9 @@ class ShuffleBuffer:
         self._starts.clear()
         self._parts.clear()
 
-    def resume(self, skipped: Sequence[int], delivered: int) -> None:
+    def resume(self, skipped: Sequence[int], delivered: int, seed: int) -> None:
         """Leave out what was delivered; of the skipped blocks there are row counts only."""
+        self._plan.reseed(seed)
         self._skipped = self._next_row = sum(skipped)
         self._delivered = self._to_replay = delivered
         counts = iter(skipped)

@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.ledger import Position
 from asyncsplit.errors import ConsumerConflictError, StreamClosedError
-from asyncsplit.feed import Feed
+from asyncsplit.feed import Feed, check_shuffle
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import settled
 
@@ -291,6 +291,7 @@ class BatchStream(Generic[T]):
             feed.wait_s += perf_counter() - max(now, feed.began)
 
     def _open(self) -> Feed:
+        check_shuffle(self._consumer, self._pipeline)
         stream = self._consumer.open(self)
         self._phase = _Phase.OPEN
         self._report_at = perf_counter() + REPORT_AFTER_S

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ray import ObjectRef
 
+from asyncsplit.core.ledger import Past
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.engine import pack_error, unpack_error
 
 P = ParamSpec("P")
@@ -34,6 +36,10 @@ class Started(NamedTuple):
     """How many bytes to keep ahead."""
     rows: int = 0
     """Rows of the split that were finished with before this stream."""
+    shuffle: ShuffleKey | None = None
+    """What the order of these rows was drawn from, and that of the rest is to be."""
+    earlier: tuple[tuple[Past, ...], ...] = ()
+    """See `Position`."""
 
 
 class Delivery(NamedTuple):
@@ -46,6 +52,8 @@ class Delivery(NamedTuple):
     """How many rows of the first slice are finished with; for a stream's first pull."""
     check: int = 0
     """Fingerprint of the slices before; for a stream's first pull."""
+    skipped: tuple[int, ...] = ()
+    """Rows of each of the slices before; for the first pull of a stream that shuffles."""
 
 
 class Rejoin(NamedTuple):

@@ -16,6 +16,10 @@ from asyncsplit.errors import (
     StreamClosedError,
 )
 
+KEPT = 4
+"""How many consumers of each split are remembered that have died or closed a stream, the latest:
+of earlier ones, no message is on its way any more."""
+
 
 class Stream(NamedTuple):
     """One iteration over one split: the consumer and which of its iterations it is.
@@ -48,11 +52,11 @@ class Epochs:
     phase: Phase = Phase.WAITING
     arrived: dict[int, Stream] = field(default_factory=dict)
     active: dict[int, Stream] = field(default_factory=dict)
-    dead: set[str] = field(default_factory=set)
-    """Consumers known to have died: whoever comes for their split replaces them."""
+    dead: dict[str, None] = field(default_factory=dict)
+    """Consumers known to have died, in that order: whoever comes for their split replaces them."""
     positions: dict[int, Position] = field(default_factory=dict)
     """Where those who have arrived stand, as far as they know."""
-    _closed: dict[int, Stream] = field(default_factory=dict)
+    _closed: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
@@ -73,12 +77,7 @@ class Epochs:
 
     def is_closed(self, split: int, stream: Stream) -> bool:
         """Tell whether a stream has been closed, even if its arrival never came."""
-        closed = self._closed.get(split)
-        return (
-            closed is not None
-            and closed.consumer == stream.consumer
-            and stream.number <= closed.number
-        )
+        return stream.number <= self._closed.get(split, {}).get(stream.consumer, 0)
 
     def holder(self, split: int) -> Stream | None:
         """Return the stream that reads a split or waits to read it."""
@@ -137,7 +136,7 @@ class Epochs:
         It no longer counts as arrived. In an epoch under way its place is kept for whoever
         replaces it.
         """
-        self.dead.add(stream.consumer)
+        self.dead[stream.consumer] = None
         if self.arrived.get(split) == stream:
             del self.arrived[split]
             return True
@@ -163,7 +162,9 @@ class Epochs:
         self.positions = {s: positions[s] for s in finished}
         past = dict.fromkeys(finished, Position(self.epoch, rows=FINISHED))
         return past | {
-            s: p for s, p in positions.items() if (p.rows or p.fed) and p.epoch == self.epoch
+            s: p
+            for s, p in positions.items()
+            if p.epoch == self.epoch and (p.rows or p.fed or p.earlier)
         }
 
     def started(self) -> None:
@@ -173,7 +174,11 @@ class Epochs:
     def over(self) -> None:
         """Note that the epoch is over, because all have left it or because it failed."""
         self.phase = Phase.WAITING
+        for split, stream in self.active.items():
+            self._close(split, stream)
         self.active = {}
+        while len(self.dead) > KEPT * self.n:
+            del self.dead[next(iter(self.dead))]
 
     def check(self, split: int, epoch: int, stream: Stream) -> None:
         """Raise unless the stream consumes this split in this epoch.
@@ -198,12 +203,16 @@ class Epochs:
 
         A message about a stream nobody knows is remembered: its arrival may come after it.
         """
-        closed = self._closed.get(split)
-        if not closed or closed.consumer != stream.consumer or closed.number < stream.number:
-            self._closed[split] = stream
+        self._close(split, stream)
         if self.arrived.get(split) == stream:
             del self.arrived[split]
         if self.active.get(split) != stream:
             return False
         del self.active[split]
         return True
+
+    def _close(self, split: int, stream: Stream) -> None:
+        closed = self._closed.setdefault(split, {})
+        closed[stream.consumer] = max(closed.pop(stream.consumer, 0), stream.number)
+        if len(closed) > KEPT:
+            del closed[next(iter(closed))]

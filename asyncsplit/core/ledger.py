@@ -12,7 +12,16 @@ from itertools import islice
 from typing import NamedTuple
 
 from asyncsplit.core.routing import Part, RowsRouter
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import StateMismatchError
+
+
+class Past(NamedTuple):
+    """How far a split of an earlier run had come in the epoch."""
+
+    rows: int
+    check: int
+    """Fingerprint of the leases these rows are in."""
 
 
 class Position(NamedTuple):
@@ -27,6 +36,13 @@ class Position(NamedTuple):
     """Number of the first lease it has not begun; it keeps what it has begun."""
     saved: bool = False
     """Whether it comes from a state saved by an earlier run."""
+    shuffle: ShuffleKey | None = None
+    """What the order of its rows is drawn from, if they are shuffled."""
+    low: int = 0
+    """Number of the first lease not wholly finished, if they are."""
+    earlier: tuple[tuple[Past, ...], ...] = ()
+    """What was read of the epoch by runs with another number of splits, one after the other: rows
+    and leases are counted in what those left."""
 
 
 FINISHED = 2**62
@@ -58,8 +74,12 @@ class SplitLog:
         """Start an empty log; rows finished before ``resume`` will count as committed."""
         self.check = 0
         """Fingerprint of the leases no longer held."""
+        self.skipped: list[int] = []
+        """Rows of each of these."""
         self._split = split
         self._resume = resume or Position(0)
+        self.shuffle = self._resume.shuffle
+        """What its order is drawn from, if the split was shuffled from its first row on."""
         self._verified = self._resume.rows in (0, FINISHED)
         self.assigned_rows = 0
         self.committed_rows = 0
@@ -94,14 +114,18 @@ class SplitLog:
             self.truncated_rows += part.rows
             return False
         lease = Lease(self.next_seq, part, self.assigned_rows)
-        if lease.end_row > self._resume.rows:
+        if self._resume.shuffle is not None:
+            finished, inside = lease.seq < self._resume.low, False
+        else:
+            finished = lease.end_row <= self._resume.rows
             inside = lease.first_row < self._resume.rows
+        if not finished:
             self._verify(fingerprint(self.check, part.rows) if inside else self.check)
         self.next_seq += 1
         self.assigned_rows += part.rows
         self.committed_rows = max(self.committed_rows, min(self._resume.rows, self.assigned_rows))
-        if lease.end_row <= self._resume.rows:
-            self.check = fingerprint(self.check, part.rows)
+        if finished:
+            self._skip(part)
             self._fed = self.next_seq
             return False
         self._leases.append(lease)
@@ -118,7 +142,7 @@ class SplitLog:
         Raises:
             StateMismatchError: If the position to resume from was not reached.
         """
-        reached = self.assigned_rows >= self._resume.rows
+        reached = self.assigned_rows >= self._resume.rows and self.next_seq >= self._resume.low
         self._verify(self.check if reached else None)
 
     def _verify(self, check: int | None) -> None:
@@ -172,7 +196,7 @@ class SplitLog:
         while self._fed > self.first_seq and self._finished(self._leases[0], low):
             part = self._leases.popleft().part
             self.leased_bytes -= part.size_bytes
-            self.check = fingerprint(self.check, part.rows)
+            self._skip(part)
 
     def leave(self) -> None:
         """Truncate what is leased and all that comes: the consumer takes no more."""
@@ -184,20 +208,38 @@ class SplitLog:
 
     @property
     def skip_rows(self) -> int:
-        """How many rows of the oldest lease held are committed."""
-        begin = self._leases[0].first_row if self._leases else self.assigned_rows
-        return self.committed_rows - begin
+        """How many rows of the oldest lease held are committed and to be left out."""
+        return 0 if self.shuffle else self.committed_rows - self._first_row
 
-    def rewind(self) -> None:
+    @property
+    def begin_row(self) -> int:
+        """Row at which a new consumer begins, also while what was finished is produced again."""
+        behind = self.assigned_rows < self._resume.rows
+        return self._resume.rows if behind else self.committed_rows
+
+    def rewind(self, shuffle: ShuffleKey | None = None) -> None:
         """Let a new consumer begin at the first row that is not committed.
 
-        After a consumer that shuffled, that is the first row of the oldest lease held: which
-        rows of the others it had finished with died with it.
+        If it shuffles as the one before did, it can draw the same order and go on in it. Else,
+        after one that shuffled, it begins at the oldest lease held, with committed rows in it:
+        which those are is known only in that order.
         """
         self._fed = self.first_seq
         self.waiting_bytes = self.leased_bytes
-        if self._shuffled:
-            self.committed_rows -= self.skip_rows
+        if self.shuffle is None or shuffle is None or not self.shuffle.is_like(shuffle):
+            if self._shuffled:
+                self.committed_rows = self._first_row
+            self._shuffled = False
+            self.shuffle = None if self.committed_rows else shuffle
+
+    @property
+    def _first_row(self) -> int:
+        """Row of the split at which the oldest lease held begins."""
+        return self._leases[0].first_row if self._leases else self.assigned_rows
+
+    def _skip(self, part: Part) -> None:
+        self.check = fingerprint(self.check, part.rows)
+        self.skipped.append(part.rows)
 
     def _at(self, seq: int) -> Lease:
         return self._leases[seq - self.first_seq]
@@ -285,9 +327,9 @@ class Ledger:
         self.logs[split].leave()
         self._sort(split)
 
-    def rewind(self, split: int) -> None:
+    def rewind(self, split: int, shuffle: ShuffleKey | None = None) -> None:
         """Let a new consumer take a split over; see `SplitLog.rewind`."""
-        self.logs[split].rewind()
+        self.logs[split].rewind(shuffle)
         self._sort(split)
 
     def blockers(self) -> Collection[int]:

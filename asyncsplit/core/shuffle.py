@@ -32,6 +32,10 @@ class ShuffleKey(NamedTuple):
     batch_size: int
     seed: int
 
+    def is_like(self, other: "ShuffleKey") -> bool:
+        """Tell whether only the seed can differ."""
+        return self._replace(seed=other.seed) == other
+
 
 class ShufflePlan:
     """Draw rows at random from a buffer that new rows are mixed into as it runs low.
@@ -67,6 +71,10 @@ class ShufflePlan:
         """How many places the current generation has."""
         self.rows_in = 0
         """Rows of the input added so far."""
+
+    def reseed(self, seed: int) -> None:
+        """Draw by another seed; before anything is drawn."""
+        self._random = np.random.default_rng(seed)
 
     @property
     def wants_input(self) -> bool:

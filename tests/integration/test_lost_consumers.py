@@ -27,9 +27,9 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 class Reader:
     """Consumes a split in a process of its own, one batch per call."""
 
-    def __init__(self, it: AsyncDataIterator, batch_size: int = 10) -> None:
+    def __init__(self, it: AsyncDataIterator, batch_size: int = 10, **kwargs: Any) -> None:
         self._it = it
-        self._stream = it.iter_batches(batch_size=batch_size)
+        self._stream = it.iter_batches(batch_size=batch_size, **kwargs)
 
     def pid(self) -> int:
         return os.getpid()
@@ -84,6 +84,32 @@ async def test_a_replacement_goes_on_from_the_first_uncommitted_row(death: str, 
     before = list(chain(*seen))[: 500 - len(rest)]
     assert len(before) >= rows, "what was committed does not come again"
     assert sorted(before + rest + await others) == list(range(1000))
+
+
+async def test_a_replacement_goes_on_in_the_shuffled_order(start: Any) -> None:
+    """Which the one before has drawn without being given a seed."""
+    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
+    others = asyncio.create_task(read(second))
+    victim = start(first, local_shuffle_buffer_size=100)
+    seen = [i for _ in range(20) for i in await victim.next.remote()]
+    rows = await committed(second, 0)
+    ray.kill(victim)
+    rest = await start(first, local_shuffle_buffer_size=100).rest.remote()
+    before, again = seen[: 500 - len(rest)], seen[500 - len(rest) :]
+    assert len(before) >= rows > 0, "what was committed does not come again"
+    assert rest[: len(again)] == again, "and what was not comes again in the same order"
+    assert sorted(before + rest + await others) == list(range(1000))
+
+
+async def test_a_replacement_that_shuffles_otherwise_gets_some_rows_again(start: Any) -> None:
+    (it,) = asyncsplit.streaming_split(thousand(), 1)
+    victim = start(it, local_shuffle_buffer_size=100)
+    seen = [i for _ in range(20) for i in await victim.next.remote()]
+    ray.kill(victim)
+    rest = await start(it, local_shuffle_buffer_size=200).rest.remote()
+    assert len(rest) == len(set(rest))
+    assert {*seen, *rest} == set(range(1000))
+    assert {*seen} & {*rest}
 
 
 async def test_others_go_on_while_a_consumer_is_dead(start: Any) -> None:

@@ -29,10 +29,10 @@ async def kill_coordinator(it: AsyncDataIterator) -> None:
     os.kill((await it.status()).pid, signal.SIGKILL)
 
 
-async def read_with_deaths(it: AsyncDataIterator, at: list[int]) -> list[int]:
+async def read_with_deaths(it: AsyncDataIterator, at: list[int], **kwargs: Any) -> list[int]:
     """Return one epoch's ids, killing the coordinator when so many rows have been read."""
     ids: list[int] = []
-    async for batch in it.iter_batches(batch_size=10):
+    async for batch in it.iter_batches(batch_size=10, **kwargs):
         ids += batch["id"].tolist()
         if at and len(ids) >= at[0]:
             at.pop(0)
@@ -52,6 +52,15 @@ async def test_an_epoch_goes_on_when_the_coordinator_is_restarted(
     assert first == sorted(first)
     epoch = await read_epoch(its)
     assert sorted(epoch[0] + epoch[1]) == list(range(1000)), "and the next epoch is whole"
+
+
+async def test_a_shuffled_epoch_goes_on_when_the_coordinator_is_restarted() -> None:
+    shuffle: dict[str, Any] = {"local_shuffle_buffer_size": 50, "local_shuffle_seed": 3}
+    (whole,) = asyncsplit.streaming_split(dataset(), 1)
+    (it,) = asyncsplit.streaming_split(dataset(), 1, options=SplitOptions(prefetch_bytes=1))
+    assert await read_with_deaths(it, [120], **shuffle) == await read(
+        whole, batch_size=10, **shuffle
+    )
 
 
 @pytest.mark.parametrize("large", [True, False])
@@ -95,10 +104,12 @@ async def test_without_restarts_a_dead_coordinator_is_an_error() -> None:
         await read_with_deaths(it, [300])
 
 
-async def stop_at(it: AsyncDataIterator, rows: int) -> tuple[list[int], dict[str, int]]:
+async def stop_at(
+    it: AsyncDataIterator, rows: int, **kwargs: Any
+) -> tuple[list[int], dict[str, Any]]:
     """Read until at least so many rows are finished; return their ids and the state."""
     ids: list[int] = []
-    async with it.iter_batches(batch_size=30) as stream:
+    async with it.iter_batches(batch_size=30, **kwargs) as stream:
         async for batch in stream:
             if len(ids) >= rows:
                 return ids, it.state_dict()
@@ -124,6 +135,88 @@ async def test_a_new_run_delivers_the_rest_of_the_epoch(equal: bool, whole_list:
     epoch = await read_epoch(again)
     assert sorted(epoch[0] + epoch[1]) == list(range(1000)), "and then full epochs"
     assert again[0].state_dict()["epoch"] == 3
+
+
+SHUFFLE: dict[str, Any] = {"local_shuffle_buffer_size": 60, "batch_size": 30}
+
+
+@pytest.mark.parametrize("seed", [7, None])
+async def test_a_shuffled_run_goes_on_in_the_order_it_had(seed: int | None) -> None:
+    its = asyncsplit.streaming_split(dataset(), 2, equal=True)
+    stopped = await asyncio.gather(
+        *(
+            stop_at(it, rows, local_shuffle_buffer_size=60, local_shuffle_seed=seed)
+            for it, rows in zip(its, (90, 400), strict=True)
+        )
+    )
+    again = asyncsplit.streaming_split(dataset(), 2, equal=True)
+    for it, (_, state) in zip(again, stopped, strict=True):
+        it.load_state_dict(json.loads(json.dumps(state)))
+    rest = await read_epoch(again, **SHUFFLE)
+    epoch = [[*ids, *others] for (ids, _), others in zip(stopped, rest, strict=True)]
+    assert sorted(epoch[0] + epoch[1]) == list(range(1000))
+    if seed is not None:
+        whole = asyncsplit.streaming_split(dataset(), 2, equal=True)
+        assert epoch == await read_epoch(whole, local_shuffle_seed=seed, **SHUFFLE)
+    after = await read_epoch(again, **SHUFFLE)
+    assert sorted(after[0] + after[1]) == list(range(1000)), "and then full epochs"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {**SHUFFLE, "batch_size": 10},
+        {**SHUFFLE, "local_shuffle_buffer_size": 9},
+    ],
+)
+async def test_a_shuffled_state_needs_the_same_shuffle(arguments: dict[str, Any]) -> None:
+    (it,) = asyncsplit.streaming_split(dataset(), 1)
+    _, state = await stop_at(it, 300, local_shuffle_buffer_size=60)
+    (again,) = asyncsplit.streaming_split(dataset(), 1)
+    again.load_state_dict(state)
+    with pytest.raises(StateMismatchError, match="local_shuffle_buffer_size=60 and batch_size=30"):
+        await read(again, **arguments)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+async def test_another_number_of_splits_shares_what_is_left(equal: bool) -> None:
+    """Of an epoch begun by two, continued by three, and ended by one."""
+    read_before: list[int] = []
+    states: list[dict[str, Any]] = []
+    for rows in ((90, 400), (60, 0, 30)):
+        its = asyncsplit.streaming_split(dataset(), len(rows), equal=equal)
+        for it in its if states else ():
+            it.load_state_dict(states)
+        stopped = await asyncio.gather(*map(stop_at, its, rows))
+        read_before += [i for ids, _ in stopped for i in ids]
+        states = json.loads(json.dumps([saved for _, saved in stopped]))
+    (last,) = asyncsplit.streaming_split(dataset(), 1, equal=equal)
+    last.load_state_dict(states)
+    rest = await read(last)
+    # Three equal splits drop up to two rows.
+    assert len(read_before + rest) == len({*read_before, *rest}) >= 1000 - 2 * equal
+    assert len(await read(last)) == 1000, "and then full epochs"
+
+
+async def test_a_split_that_had_finished_has_nothing_left_for_others() -> None:
+    its = asyncsplit.streaming_split(dataset(), 2)
+    first, (ids, state) = await asyncio.gather(read(its[0]), stop_at(its[1], 90))
+    (again,) = asyncsplit.streaming_split(dataset(), 1)
+    again.load_state_dict([its[0].state_dict(), state])
+    assert sorted(first + ids + await read(again)) == list(range(1000))
+
+
+async def test_states_of_two_runs_are_refused() -> None:
+    stopped = []
+    for n in (2, 3):
+        its = asyncsplit.streaming_split(dataset(), n)
+        stopped.append([state for _, state in await asyncio.gather(*(stop_at(i, 60) for i in its))])
+    again = asyncsplit.streaming_split(dataset(), 4)
+    for it, states in zip(again, stopped * 2, strict=True):
+        it.load_state_dict(states)
+    outcomes = await asyncio.gather(*map(read, again), return_exceptions=True)
+    assert all(isinstance(outcome, StateMismatchError) for outcome in outcomes)
 
 
 async def test_states_between_epochs() -> None:
@@ -158,9 +251,9 @@ async def test_another_dataset_is_refused(other: dict[str, Any]) -> None:
 
 async def test_states_of_some_splits_only_are_refused() -> None:
     its = asyncsplit.streaming_split(dataset(), 2)
-    (_, state), _ = await asyncio.gather(stop_at(its[0], 90), stop_at(its[1], 90))
+    stopped = await asyncio.gather(stop_at(its[0], 90), stop_at(its[1], 90))
     again = asyncsplit.streaming_split(dataset(), 2)
-    again[0].load_state_dict(state)
+    again[0].load_state_dict(stopped[0][1])
     outcomes = await asyncio.gather(*(read(it) for it in again), return_exceptions=True)
     assert all(isinstance(outcome, StateMismatchError) for outcome in outcomes)
 

@@ -15,6 +15,8 @@ class Share:
     ids: list[int] = field(default_factory=list)
     seen: int = 0
     """Leases looked at."""
+    drawn: list[int] = field(default_factory=list)
+    """The order its loops have had them in, if it is shuffled."""
     committed: int = 0
     finished: int = 0
     """Rows the furthest of its loops has finished with."""
@@ -88,6 +90,10 @@ class Oracle:
         share = self.share(epoch, split)
         if self.shuffled:
             assert set(ids) <= set(share.ids)
+            before = share.drawn[first : first + len(ids)]
+            assert before == ids[: len(before)], f"{split=} got {ids}, and before {before}"
+            share.drawn += ids[len(before) :]
+            assert len(share.drawn) == len(set(share.drawn)), "a row came twice"
         else:
             expected = share.ids[first : first + len(ids)]
             assert ids == expected, f"{split=} got {ids}, not {expected}"
@@ -111,8 +117,7 @@ class Oracle:
             leased += log.leased_rows
             committed += log.committed_rows
             assert log.leased_rows >= 0
-            if not self.shuffled:
-                assert log.committed_rows >= share.committed, "a committed row is not any more"
+            assert log.committed_rows >= share.committed, "a committed row is not any more"
             share.committed = log.committed_rows
             may_drop = self.may_drop if ledger.finished else 0
             assert log.committed_rows <= share.finished + may_drop, (
@@ -165,5 +170,3 @@ class Oracle:
         # A bundle may be on its way that was allowed before.
         leased = self.coordinator._ledger.logs[split].leased_bytes
         share.bound_bytes = leased + self.dataset.largest_bundle_bytes
-        if self.shuffled:
-            share.committed = 0

@@ -319,7 +319,7 @@ class Worker:
             batch_size=plan.batch_size,
             drop_last=plan.drop_last,
             local_shuffle_buffer_size=30 if plan.shuffle else None,
-            local_shuffle_seed=1 if plan.shuffle else None,
+            local_shuffle_seed=self.random.choice((1, 2)) if plan.shuffle else None,
         )
         if plan.impatience and self.random.random() < plan.impatience:
             await self.give_up_soon(stream)

@@ -1,11 +1,14 @@
 """Saved positions that are damaged, foreign or from another version."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from asyncsplit import StateMismatchError
-from asyncsplit.core.ledger import Position
+from asyncsplit.core.ledger import FINISHED, Past, Position
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.core.state import position_from, state_of
 
 GOOD = state_of(Position(3, 120, 77), split=1, n=2)
@@ -15,6 +18,43 @@ def test_a_state_comes_back_as_the_position_it_was() -> None:
     assert position_from(GOOD, 1, 2) == Position(3, 120, 77, saved=True)
     other = state_of(Position(3, 90, 5), split=0, n=2)
     assert position_from([other, GOOD], 1, 2) == Position(3, 120, 77, saved=True)
+
+
+def states(*positions: Position) -> list[dict[str, Any]]:
+    return [state_of(position, i, len(positions)) for i, position in enumerate(positions)]
+
+
+def test_the_states_of_another_number_of_splits_are_what_is_left_for_all() -> None:
+    earlier = ((Past(120, 7), Past(FINISHED, 0), Past(0, 0)),)
+    mixed = states(Position(3, 120, 7), Position(4), Position(3))
+    assert position_from(mixed, 1, 2) == Position(3, saved=True, earlier=earlier)
+    again = json.loads(json.dumps(states(*[Position(3, 5, 9, earlier=earlier)] * 2)))
+    twice = (*earlier, (Past(5, 9), Past(5, 9)))
+    assert position_from(again, 0, 2) == Position(3, 5, 9, saved=True, earlier=earlier)
+    assert position_from(again, 3, 4) == Position(3, saved=True, earlier=twice)
+    between = states(Position(3), Position(3))
+    assert position_from(between, 2, 3) == Position(3, saved=True), "nothing is left out"
+
+
+def test_a_shuffled_state_comes_back() -> None:
+    shuffled = Position(3, 120, 77, shuffle=ShuffleKey(100, 10, 2**63 - 1), low=2)
+    state = json.loads(json.dumps(state_of(shuffled, 0, 1)))
+    assert position_from(state, 0, 1) == shuffled._replace(saved=True)
+    with pytest.raises(StateMismatchError, match="epoch 3 was shuffled locally by 1 splits"):
+        position_from([state], 0, 2)
+
+
+@pytest.mark.parametrize(
+    "positions",
+    [
+        (Position(3), Position(5)),
+        (Position(3), Position(4, 10)),
+        (Position(3, 1), Position(3, earlier=((Past(1, 1),),))),
+    ],
+)
+def test_states_of_different_moments_are_refused(positions: Sequence[Position]) -> None:
+    with pytest.raises(StateMismatchError, match="not saved at the same time by the same run"):
+        position_from(states(*positions), 0, 3)
 
 
 @pytest.mark.parametrize(
@@ -29,8 +69,12 @@ def test_a_state_comes_back_as_the_position_it_was() -> None:
         ({k: v for k, v in GOOD.items() if k != "check"}, "check=None"),
         ({**GOOD, "split": 0}, "split 0 of 2 cannot be loaded into split 1 of 2"),
         ({**GOOD, "world_size": 4}, "split 1 of 4 cannot be loaded into split 1 of 2"),
-        ([GOOD], "1 states, 1 of them of split 1, cannot be loaded into n=2"),
-        ([GOOD, GOOD], "2 states, 2 of them of split 1"),
+        ([], "0 states, of splits none, are not those of one run"),
+        ([GOOD], "1 states, of splits 1 of 2, are not those of one run"),
+        ([GOOD, GOOD], "2 states, of splits 1 of 2, 1 of 2, are not those of one run"),
+        ({**GOOD, "shuffle": [100, 10]}, "shuffle=.* should be three ints from 0 on"),
+        ({**GOOD, "shuffle": [100, 10, 7]}, "low=None should be an int from 0 on"),
+        ({**GOOD, "earlier": [[[1, 2], [3]]]}, "earlier=.* should be lists of pairs of ints"),
     ],
 )
 def test_what_is_no_state_of_this_split_is_refused(state: Any, message: str) -> None:
