@@ -13,7 +13,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-unit test-oldest-ray check format bench bench-quick simulate \
-	chaos clean
+	chaos soak clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,8 +51,11 @@ bench-quick: venv ## Run every benchmark with less data: 3 minutes
 simulate: venv ## Run 5000 simulated jobs: 2 minutes
 	$(BIN)/python -m tests.simulation --seeds 5000 $(ARGS)
 
-chaos: venv ## Kill 200 consumers and workers of a real job: 10 minutes
+chaos: venv ## Kill 200 consumers, workers and coordinators of a real job: 15 minutes
 	$(BIN)/python -m tests.chaos --kills 200 $(ARGS)
+
+soak: venv ## Run 1000 epochs of a real job and see what grows: 15 minutes
+	$(BIN)/python -m tests.soak --epochs 1000 $(ARGS)
 
 clean: ## Remove everything that was generated, the virtual environments too
 	rm -rf $(VENV) $(VENV_OLDEST) build dist .coverage* .hypothesis .*_cache

@@ -1,4 +1,4 @@
-"""Kill consumers and workers of a real job: ``python -m tests.chaos --kills 200 --seed 1``."""
+"""Kill processes of a real job, one after the other: ``python -m tests.chaos --kills 200``."""
 
 import argparse
 import asyncio

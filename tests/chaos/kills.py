@@ -1,4 +1,4 @@
-"""Kill consumers and the dataset's workers at random points, and see what the others get.
+"""Kill consumers, the dataset's workers and the coordinator, and see what the others get.
 
 The plan of the kills follows from a seed; where exactly they hit does not, so what is checked
 holds wherever they do.
@@ -9,15 +9,16 @@ import os
 import signal
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 import asyncsplit
+from asyncsplit import SplitOptions
 from asyncsplit.wire import Status
 from tests.chaos.consumers import STOP, Consumer, diary, note_pid
 from tests.integration.consume import eventually
@@ -27,18 +28,26 @@ BLOCKS = 24
 BOUND_S = 60.0
 """How long nothing may come of anything: an epoch takes about a second."""
 
+Victim = Literal["consumer", "worker", "coordinator"]
+"""Whose process is killed; a worker is one that executes the dataset."""
+
+VICTIMS: tuple[Victim, ...] = ("consumer", "coordinator", "worker", "consumer")
+"""Who is killed, by turns."""
+
 
 @dataclass(frozen=True)
 class Kill:
     """One kill of a plan."""
 
+    victim: Victim
+    split: int
+    """Whose consumer, or whose progress counts."""
     after_s: float
     """Seconds since the one before."""
-    split: int | None
-    """Whose consumer; None for a worker of the dataset."""
     midway: bool
     """Wait for the split to be in the middle of an epoch; else hit whatever it is at."""
     replaced_after_s: float
+    """Of a consumer; the rest is Ray's to restart."""
 
 
 def plan(kills: int, n: int, seed: int) -> list[Kill]:
@@ -46,10 +55,11 @@ def plan(kills: int, n: int, seed: int) -> list[Kill]:
     random = Random(seed)
     return [
         Kill(
+            VICTIMS[number % len(VICTIMS)],
+            random.randrange(n),
             # Often at once: the one that has just come, or is about to, is killed as well.
             random.choice((0.0, 0.05, random.uniform(0, 1), random.uniform(0, 3))),
-            None if number % 3 == 2 else random.randrange(n),
-            number % 2 == 0,
+            number % 4 == 0 or random.random() < 0.5,
             random.choice((0.0, 0.0, random.uniform(0, 2))),
         )
         for number in range(kills)
@@ -63,6 +73,7 @@ class Report:
     epochs: int = 0
     consumers_killed: int = 0
     workers_killed: int = 0
+    coordinators_killed: int = 0
     taken_over: int = 0
     redelivered_rows: int = 0
 
@@ -77,6 +88,8 @@ class Chaos:
     kills: int
     say: Callable[[str], None] = lambda _: None
     report: Report = field(default_factory=Report)
+    _last: Victim | None = None
+    """Who was killed last, workers apart."""
     _running: dict[int, tuple[Any, "ray.ObjectRef[Any]"]] = field(default_factory=dict)
     _incarnations: list[int] = field(default_factory=list)
     _committed: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
@@ -88,7 +101,8 @@ class Chaos:
             ds = ray.data.range(ROWS, override_num_blocks=BLOCKS)
             ds = ds.map_batches(note_pid, fn_args=(self._directory,))  # type: ignore[arg-type]
             ds.context.execution_options.preserve_order = True
-            self._its = asyncsplit.streaming_split(ds, self.n, equal=self.equal)
+            options = SplitOptions(coordinator_max_restarts=self.kills)
+            self._its = asyncsplit.streaming_split(ds, self.n, equal=self.equal, options=options)
             self._incarnations = [0] * self.n
             self._spares = [_spare() for _ in range(2)]
             try:
@@ -105,20 +119,26 @@ class Chaos:
         for split in range(self.n):
             await self._start(split, 0.0)
         for number, kill in enumerate(plan(self.kills, self.n, self.seed)):
+            if kill.victim != "worker":
+                await self._until_one_death_is_overcome(kill.victim, replacing)
             await asyncio.sleep(kill.after_s)
-            if kill.split is None:
+            if kill.victim == "worker":
                 await self._kill_worker(number)
                 continue
-            if kill.split in replacing:
+            if kill.victim == "consumer" and kill.split in replacing:
                 await replacing.pop(kill.split)
             if kill.midway:
                 await asyncio.gather(*replacing.values())
                 await self._until_midway(kill.split)
+            if kill.victim == "coordinator":
+                await self._kill_coordinator(number)
+                continue
             await self._kill_consumer(number, kill.split)
             replacing[kill.split] = asyncio.create_task(
                 self._start(kill.split, kill.replaced_after_s)
             )
         await asyncio.gather(*replacing.values())
+        await self._until_all_go_on()
         # Whoever has looked before this was written is at most one epoch on.
         last = (await self._status()).epoch + 2
         path = Path(self._directory, STOP)
@@ -131,6 +151,48 @@ class Chaos:
             raise AssertionError(f"somebody hangs: {await self._status()}") from None
         self.report.epochs = last + 1
 
+    async def _until_one_death_is_overcome(
+        self, victim: Victim, replacing: "dict[int, asyncio.Task[None]]"
+    ) -> None:
+        """Keep consumers and coordinator from dying together.
+
+        Where a split stands, one of the two must know: the coordinator until a replacement has
+        got something, its consumers until a restarted coordinator has heard them. A split of which
+        both are gone begins its share anew, which is more than once.
+        """
+        if self._last is not None and self._last != victim:
+            await asyncio.gather(*replacing.values())
+            await self._until_all_go_on()
+        self._last = victim
+
+    async def _until_all_go_on(self) -> None:
+        """Return when all consumers have arrived at the coordinator and finished a batch since."""
+
+        async def opened() -> bool:
+            self._fail_early()
+            # It opens the epoch when all have said where they stand.
+            return (await self._status()).epoch >= 0
+
+        await self._in_time(opened)
+        before = list(map(self._finished, range(self.n)))
+
+        async def gone_on() -> bool:
+            self._fail_early()
+            return all(self._finished(split) > rows for split, rows in enumerate(before))
+
+        await self._in_time(gone_on)
+
+    def _finished(self, split: int) -> int:
+        """Return how many batches a split's consumer of now has finished."""
+        entries = diary(self._directory, split, self._incarnations[split])
+        return sum("finished" in entry for entry in entries)
+
+    async def _in_time(self, condition: Callable[[], Awaitable[bool]]) -> None:
+        try:
+            await eventually(condition, BOUND_S)
+        except TimeoutError:
+            raise AssertionError(f"somebody hangs: {await self._status()}") from None
+
     async def _start(self, split: int, after_s: float) -> None:
         await asyncio.sleep(after_s)
         actor = self._spares.pop(0)
@@ -141,11 +203,12 @@ class Chaos:
         self._running[split] = actor, run
 
     async def _kill_consumer(self, number: int, split: int) -> None:
-        actor, run = self._running[split]
+        actor, _ = self._running[split]
         pid = await actor.pid.remote()
         status = await self._status()
-        _fail_early(run)
+        self._fail_early()
         os.kill(pid, signal.SIGKILL)
+        del self._running[split]
         incarnation = self._incarnations[split]
         self._committed[split, incarnation] = status.epoch, status.committed_rows[split]
         self._incarnations[split] += 1
@@ -155,25 +218,41 @@ class Chaos:
             f" ({status.phase}), {status.committed_rows[split]} rows committed"
         )
 
+    async def _kill_coordinator(self, number: int) -> None:
+        status = await self._status()
+        self._fail_early()
+        os.kill(status.pid, signal.SIGKILL)
+        self.report.coordinators_killed += 1
+        self.say(
+            f"{number}: killed coordinator {status.pid} in epoch {status.epoch} ({status.phase}),"
+            f" {status.committed_rows} rows committed"
+        )
+
     async def _until_midway(self, split: int) -> None:
         async def midway() -> bool:
-            for _, run in self._running.values():
-                _fail_early(run)
+            self._fail_early()
             committed = (await self._status()).committed_rows[split]
             return 0 < committed < ROWS // self.n
 
-        await eventually(midway, BOUND_S)
+        await self._in_time(midway)
 
     async def _kill_worker(self, number: int) -> None:
         async def known() -> bool:
             return any(map(_is_worker, self._workers()))
 
-        await eventually(known, BOUND_S)
+        await self._in_time(known)
         alive = sorted(filter(_is_worker, self._workers()))
         pid = Random(self.seed + number).choice(alive)
         os.kill(pid, signal.SIGKILL)
         self.report.workers_killed += 1
         self.say(f"{number}: killed worker {pid} of the dataset")
+
+    def _fail_early(self) -> None:
+        """Raise what a consumer that should be running has raised."""
+        done, _ = ray.wait([run for _, run in self._running.values()], timeout=0)
+        if done:
+            ray.get(done)
+            raise AssertionError("a consumer stopped before it was told to")
 
     def _workers(self) -> Iterator[int]:
         for path in Path(self._directory).glob("worker-*"):
@@ -223,14 +302,6 @@ class Chaos:
 def _spare() -> Any:
     """Start the process of a consumer to come: a replacement is there sooner than the news."""
     return ray.remote(Consumer).options(num_cpus=0).remote()
-
-
-def _fail_early(run: "ray.ObjectRef[Any]") -> None:
-    """Raise what a consumer that should be running has raised."""
-    done, _ = ray.wait([run], timeout=0)
-    if done:
-        ray.get(run)
-        raise AssertionError("a consumer stopped before it was told to")
 
 
 def _is_worker(pid: int) -> bool:

@@ -7,10 +7,10 @@ from tests.chaos.kills import Chaos
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-@pytest.mark.parametrize(("equal", "seed", "kills"), [(True, 1, 5), (False, 2, 3)])
+@pytest.mark.parametrize(("equal", "seed", "killed"), [(True, 1, (1, 0, 0)), (False, 2, (2, 1, 1))])
 async def test_no_row_is_lost_and_none_committed_comes_again(
-    equal: bool, seed: int, kills: int
+    equal: bool, seed: int, killed: tuple[int, int, int]
 ) -> None:
-    report = await Chaos(n=2, equal=equal, seed=seed, kills=kills).run()
-    assert (report.consumers_killed, report.workers_killed) == (kills - 1, 1)
+    report = await Chaos(n=2, equal=equal, seed=seed, kills=sum(killed)).run()
+    assert killed == (report.consumers_killed, report.coordinators_killed, report.workers_killed)
     assert report.taken_over, "somebody was replaced in the middle of an epoch"

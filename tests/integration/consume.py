@@ -1,6 +1,7 @@
 """Ways to read splits, shared by the integration tests."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
@@ -42,6 +43,34 @@ def _read_sync(it: AsyncDataIterator, **kwargs: Any) -> list[int]:
     for batch in it.iter_batches(**kwargs):
         ids += batch["id"].tolist()
     return ids
+
+
+class Reader:
+    """Consumes a split in a process of its own, one batch per call."""
+
+    def __init__(self, it: AsyncDataIterator, batch_size: int = 10, **kwargs: Any) -> None:
+        self._it = it
+        self._stream = it.iter_batches(batch_size=batch_size, **kwargs)
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    async def next(self) -> list[int]:
+        """Return the next batch's ids; those of the batch before are then committed."""
+        try:
+            return list(map(int, (await anext(self._stream))["id"]))
+        except StopAsyncIteration:
+            return []
+
+    def epoch(self) -> int | None:
+        """Return the epoch being read, once it has started."""
+        return self._stream.statistics().epoch
+
+    def state(self) -> dict[str, Any]:
+        return self._it.state_dict()
+
+    async def rest(self) -> list[int]:
+        return [int(i) async for batch in self._stream for i in batch["id"]]
 
 
 async def eventually(condition: Callable[[], Awaitable[bool]], timeout_s: float = 20) -> None:

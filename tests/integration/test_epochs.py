@@ -1,6 +1,8 @@
 """Rows per split and epoch, the barrier, and who may consume what."""
 
 import asyncio
+import contextlib
+import gc
 from itertools import chain
 from typing import Any
 
@@ -139,6 +141,20 @@ async def test_an_intruder_at_the_barrier_gets_an_error() -> None:
     ids = await read(second)
     (rightful,) = [task for task in waiting if not task.done() or not task.exception()]
     assert sorted(ids + await rightful) == list(range(1000))
+
+
+async def test_a_stream_that_only_a_full_collection_finds_is_not_in_the_way() -> None:
+    (it,) = asyncsplit.streaming_split(ray.data.range(100), 1)
+
+    async def leave() -> None:
+        error = LookupError()  # whose traceback has this frame, and the frame the stream
+        async for _ in it.iter_batches(batch_size=1):
+            gc.collect()  # as happens during a long loop
+            raise error
+
+    with contextlib.suppress(LookupError):
+        await leave()
+    assert len(await read(it)) == 100
 
 
 async def test_two_streams_of_one_iterator_at_a_time_are_refused() -> None:

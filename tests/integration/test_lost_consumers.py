@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -22,41 +21,6 @@ from asyncsplit import (
 from tests.integration.consume import eventually, read, read_epoch
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
-
-
-class Reader:
-    """Consumes a split in a process of its own, one batch per call."""
-
-    def __init__(self, it: AsyncDataIterator, batch_size: int = 10, **kwargs: Any) -> None:
-        self._it = it
-        self._stream = it.iter_batches(batch_size=batch_size, **kwargs)
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    async def next(self) -> list[int]:
-        """Return the next batch's ids; those of the batch before are then committed."""
-        try:
-            return list(map(int, (await anext(self._stream))["id"]))
-        except StopAsyncIteration:
-            return []
-
-    async def rest(self) -> list[int]:
-        return [int(i) async for batch in self._stream for i in batch["id"]]
-
-
-@pytest.fixture
-def start() -> Iterator[Any]:
-    """Return a function that starts a Reader; all are killed at the end."""
-    readers: list[Any] = []
-
-    def start(it: AsyncDataIterator, **kwargs: Any) -> Any:
-        readers.append(ray.remote(Reader).options(num_cpus=0).remote(it, **kwargs))
-        return readers[-1]
-
-    yield start
-    for reader in readers:
-        ray.kill(reader)
 
 
 def thousand(blocks: int = 20) -> Dataset:

@@ -5,16 +5,20 @@ import gc
 import json
 import os
 import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from ray.data import Dataset
+from ray.exceptions import RayActorError
 
 import asyncsplit
 from asyncsplit import AsyncDataIterator, CoordinatorLostError, SplitOptions, StateMismatchError
-from tests.integration.consume import read, read_epoch
+from tests.integration.consume import eventually, read, read_epoch
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
@@ -87,6 +91,96 @@ async def test_a_restarted_coordinator_has_the_datasets_own_blocks(
         ids += batch["id"].tolist()
     assert ids == list(range(160_000 if large else 800))
     assert "constructor arguments" not in capfd.readouterr().err
+
+
+class Gate:
+    """Shut, it stops `gated` datasets in the middle."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.open()
+
+    def open(self) -> None:
+        self._path.touch()
+
+    def shut(self) -> None:
+        self._path.unlink()
+
+    def wait(self) -> None:
+        while not self._path.exists():
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "open")
+    yield gate
+    gate.open()
+
+
+def gated(gate: Gate) -> Dataset:
+    def wait(batch: dict[str, Any]) -> dict[str, Any]:
+        if batch["id"][0] >= 500:
+            gate.wait()
+        return batch
+
+    ds = ray.data.range(1000, override_num_blocks=20).map_batches(wait)
+    ds.context.execution_options.preserve_order = True
+    return ds
+
+
+async def catching_up(it: AsyncDataIterator) -> None:
+    """Return when a coordinator has produced some of what had been read, not all."""
+
+    async def is_catching_up() -> bool:
+        status = await it.status()
+        return status.phase == "running" and 0 < status.committed_rows[0] <= 500
+
+    await eventually(is_catching_up)
+
+
+async def test_a_coordinator_may_die_while_a_resumed_run_catches_up(gate: Gate) -> None:
+    (it,) = asyncsplit.streaming_split(gated(gate), 1)
+    ids, state = await stop_at(it, 700)
+    gate.shut()
+    (again,) = asyncsplit.streaming_split(gated(gate), 1)
+    again.load_state_dict(state)
+    rest = asyncio.create_task(read(again))
+    await catching_up(again)
+    assert again.state_dict() == state
+    await kill_coordinator(again)
+    gate.open()
+    assert ids + await rest == list(range(1000))
+
+
+async def test_a_replacement_may_come_while_a_restarted_coordinator_catches_up(
+    gate: Gate, start: Any
+) -> None:
+    (it,) = asyncsplit.streaming_split(gated(gate), 1)
+    first = start(it, batch_size=100)
+    ids = [i for _ in range(8) for i in await first.next.remote()]
+    gate.shut()
+    await kill_coordinator(it)
+    waiting = first.next.remote()
+    await catching_up(it)
+    ray.kill(first)
+    second = start(it, batch_size=100)
+    going_on = second.next.remote()
+
+    async def taken_over() -> bool:
+        return await second.epoch.remote() is not None
+
+    await eventually(taken_over)
+    gate.open()
+    more = await going_on
+    begin = more[0]
+    assert 700 <= begin <= 800, "what was finished does not come again"
+    more += await second.next.remote()
+    assert (await second.state.remote())["rows"] == begin + 100
+    await kill_coordinator(it)
+    assert ids[:begin] + more + await second.rest.remote() == list(range(1000))
+    with pytest.raises(RayActorError):
+        await waiting
 
 
 async def test_without_order_a_restart_is_an_error_that_says_so() -> None:
