@@ -20,15 +20,14 @@ from ray.data import DataContext, Dataset, Schema
 
 from asyncsplit import engine
 from asyncsplit.core.epochs import Epochs, Phase, Stream
-from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
+from asyncsplit.core.ledger import Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, listing
-from asyncsplit.core.replay import Replay
+from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import Part, make_router
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import (
     ConsumerConflictError,
     ConsumerLostError,
-    CoordinatorLostError,
     StateMismatchError,
     StreamClosedError,
 )
@@ -301,6 +300,8 @@ class SplitCoordinator:
             self._epochs.leave(split, stream)
         for opening in self._openings.values():
             _reject(opening, closed.unpack())
+        if self._stopping is not None:
+            await asyncio.shield(self._stopping)
         await self._guard.stop()
 
     def _check_open(self) -> None:
@@ -318,7 +319,8 @@ class SplitCoordinator:
         self._ledger = self._new_ledger(resume)
         self._replays = []
         try:
-            self._earlier = self._check_resume(resume)
+            repeatable = self._keeps_order and self._options.routing == "rows"
+            self._earlier = read_before(resume, self._n, epoch, repeatable=repeatable)
             self._replays = [Replay(splits, equal=self._equal) for splits in self._earlier]
             execution = await self._guard.start(epoch)
         except Exception as raised:  # the consumers get it, whatever it is
@@ -469,40 +471,6 @@ class SplitCoordinator:
             self._earlier,
         )
 
-    def _check_resume(self, resume: Mapping[int, Position]) -> tuple[tuple[Past, ...], ...]:
-        """Refuse to go on in the middle of an epoch that cannot be produced the same way again.
-
-        Returns what earlier runs have read of it.
-        """
-        if not resume:
-            return ()
-        saved = {split for split, position in resume.items() if position.saved}
-        if saved and (without := set(range(self._n)) - set(resume)):
-            raise StateMismatchError(
-                f"splits {sorted(saved)} resume in epoch {self._epochs.epoch}, but splits"
-                f" {sorted(without)} have no state of it: load the states of all splits"
-            )
-        if self._keeps_order and self._options.routing == "rows":
-            earlier = {p.earlier for p in resume.values() if p.rows != FINISHED}
-            if len(earlier) > 1:
-                raise StateMismatchError(
-                    f"the splits resume epoch {self._epochs.epoch} from states of different runs:"
-                    " load the states of one run into all of them"
-                )
-            return earlier.pop() if earlier else ()
-        why = (
-            "the same blocks in the same order are needed for that. Set"
-            " ds.context.execution_options.preserve_order = True, and routing='rows'"
-        )
-        if saved:
-            raise StateMismatchError(
-                f"epoch {self._epochs.epoch} cannot be resumed in the middle: {why}"
-            )
-        raise CoordinatorLostError(
-            f"the coordinator died and was restarted, but epoch {self._epochs.epoch} cannot go on"
-            f" where it was: {why}. The next iteration begins the next epoch"
-        )
-
     def _tick(self) -> float:
         """Return the time, and see to it that waits are looked after once a second."""
         if not self._ticking:
@@ -593,12 +561,14 @@ class SplitCoordinator:
             self._liveness.forget(split)
         self._epochs.over()
         self._ledger = self._new_ledger()
-        if self._pump is not None:
-            self._pump.stop()
-            self._pump = None
         for split in tuple(self._pulls):
             self._wake(split)
-        stopping = self._spawn(self._guard.stop())
+        if self._pump is None:
+            stopping = self._spawn(self._guard.stop())
+        else:
+            self._pump.stop()
+            stopping = self._spawn(self._guard.stop(self._pump.join))
+            self._pump = None
         self._stopping = None if outcome == "completed" else stopping
         self._open_if_ready()
 

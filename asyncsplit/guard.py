@@ -7,6 +7,7 @@ start and the small execution that `Dataset.schema` may need.
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
@@ -36,6 +37,7 @@ class Guard:
         self._lock = asyncio.Lock()
         self._schema: Schema | None = None
         self._execution: engine.Execution | None = None
+        self._stats: str | None = None
         self._observed: asyncio.Future[Any] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -116,18 +118,27 @@ class Guard:
         """Note that the executor has delivered everything and is no longer running."""
         self._ended()
 
-    async def stop(self) -> None:
-        """Shut the running executor down, if there is one."""
+    async def stop(self, settle: Callable[[], None] = lambda: None) -> None:
+        """Shut the running executor down, if there is one, and let go of its blocks.
+
+        ``settle`` blocks until nobody else uses the execution any more.
+        """
         async with self._held():
             if self._execution is not None:
                 await self._blocking(self._execution.shutdown)
+            if self._execution is not None and self.active:
+                # One that is stopped early keeps blocks nobody took, and is full of cycles.
+                self._stats = await self._blocking(self._execution.stats)
+                self._execution = None
+                await self._blocking(settle)
+                await self._blocking(gc.collect)
             self._ended()
 
     async def stats(self) -> str:
         """Return Ray Data's own statistics of the running or the last execution."""
-        if self._execution is None:
-            return str(await self._blocking(self._dataset.stats))
-        return await self._blocking(self._execution.stats)
+        if self._execution is not None:
+            return await self._blocking(self._execution.stats)
+        return self._stats or str(await self._blocking(self._dataset.stats))
 
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:

@@ -29,14 +29,14 @@ class Pump:
         """
         self.dataset_wait_s = 0.0
         self.credit_wait_s = 0.0
-        self._execution = execution
         self._deliver = deliver
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
         self._credit = 0
         self._taken: list[Bundle] = []
         self._stopped = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        # The execution is the thread's alone: who waits for the thread's end must not hold it.
+        self._thread = threading.Thread(target=self._run, args=(execution,), name=name, daemon=True)
         self._thread.start()
 
     def allow(self, credit_bytes: int) -> None:
@@ -56,7 +56,11 @@ class Pump:
             self._stopped = True
             self._condition.notify()
 
-    def _run(self) -> None:
+    def join(self) -> None:
+        """Block until the thread has ended: soon after `stop` and the execution's shutdown."""
+        self._thread.join()
+
+    def _run(self, execution: Execution) -> None:
         while True:
             began = time.perf_counter()
             with self._condition:
@@ -67,7 +71,7 @@ class Pump:
             self.credit_wait_s += allowed - began
             bundle, end = None, None
             try:
-                bundle = self._execution.next_bundle()
+                bundle = execution.next_bundle()
             except BaseException as error:  # carried to those who wait for blocks
                 end = error
             self.dataset_wait_s += time.perf_counter() - allowed

@@ -59,6 +59,11 @@ def opened(future: "concurrent.futures.Future[Reply[T]]") -> T:
     try:
         reply = future.result()
     except RayActorError as error:
+        if "error raised in its creation task" in str(error):
+            reason = str(error).strip().rpartition("\n")[2]
+            raise CoordinatorLostError(
+                f"the split's coordinator could not be started: {reason}"
+            ) from error
         raise CoordinatorLostError(
             "the split's coordinator is gone: it was killed, its node was lost, or whoever"
             " created the split has ended. Create a new split to go on"

@@ -1,13 +1,57 @@
-"""What is left of an epoch that a run with another number of splits has begun."""
+"""Going on in the middle of an epoch: whether that is possible, and what is left of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from asyncsplit.core.ledger import Past, Position, SplitLog
+from asyncsplit.core.ledger import FINISHED, Past, Position, SplitLog
 from asyncsplit.core.routing import Part, make_router
+from asyncsplit.errors import CoordinatorLostError, StateMismatchError
+
+
+def read_before(
+    resume: Mapping[int, Position], n: int, epoch: int, *, repeatable: bool
+) -> tuple[tuple[Past, ...], ...]:
+    """Return what runs with other numbers of splits have read of an epoch to be resumed.
+
+    ``resume`` says where splits stand in it; ``repeatable`` whether the same blocks are given to
+    the same splits again.
+
+    Raises:
+        CoordinatorLostError: If a coordinator that died cannot be replaced in the middle.
+        StateMismatchError: If the states that were loaded cannot be resumed, or not together.
+    """
+    if not resume:
+        return ()
+    saved = {split for split, position in resume.items() if position.saved}
+    if saved and (without := set(range(n)) - set(resume)):
+        raise StateMismatchError(
+            f"splits {sorted(saved)} resume in epoch {epoch}, but splits {sorted(without)} have no"
+            " state of it: load the states of all splits"
+        )
+    if repeatable:
+        earlier = {p.earlier for p in resume.values() if p.rows != FINISHED}
+        if len(earlier) > 1:
+            raise StateMismatchError(
+                f"the splits resume epoch {epoch} from states of different runs: load the states"
+                " of one run into all of them"
+            )
+        return earlier.pop() if earlier else ()
+    why = (
+        "the same blocks in the same order are needed for that. Set"
+        " ds.context.execution_options.preserve_order = True, and routing='rows'"
+    )
+    if saved:
+        raise StateMismatchError(f"epoch {epoch} cannot be resumed in the middle: {why}")
+    raise CoordinatorLostError(
+        f"the coordinator died and was restarted, but epoch {epoch} cannot go on where it was:"
+        f" {why}. The next iteration begins the next epoch"
+    )
 
 
 class Replay:
-    """Routes a dataset's parts as the earlier run did, and passes on what its splits left."""
+    """An epoch that a run with another number of splits has begun.
+
+    Routes a dataset's parts as the earlier run did, and passes on what its splits left.
+    """
 
     def __init__(self, splits: Sequence[Past], *, equal: bool) -> None:
         """Start at the beginning of the epoch in which the splits had come so far."""

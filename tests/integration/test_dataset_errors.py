@@ -12,6 +12,7 @@ from ray.data import ActorPoolStrategy
 from ray.exceptions import WorkerCrashedError
 
 import asyncsplit
+from asyncsplit import CoordinatorLostError
 from tests.integration.consume import read, read_epoch
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
@@ -113,4 +114,19 @@ async def test_a_worker_that_kills_itself_fails_the_epoch_when_retries_are_spent
     ds = ray.data.range(10).map_batches(die, max_retries=0)
     (it,) = asyncsplit.streaming_split(ds, 1)
     with pytest.raises(WorkerCrashedError):
+        await read(it)
+
+
+class OnlyOnDrivers:
+    """Cannot be unpickled by the coordinator."""
+
+    def __reduce__(self) -> Any:
+        return eval, ("1 / 0",)
+
+
+async def test_a_dataset_that_cannot_be_unpickled_is_named_as_the_cause() -> None:
+    value = OnlyOnDrivers()
+    ds = ray.data.range(10).map_batches(lambda batch: batch if value else {})
+    (it,) = asyncsplit.streaming_split(ds, 1)
+    with pytest.raises(CoordinatorLostError, match="could not be started: ZeroDivisionError"):
         await read(it)

@@ -160,6 +160,9 @@ class FakeExecution:
     def shutdown(self) -> None:
         self._shut = True
 
+    def stats(self) -> str:
+        return ""
+
     def seconds_to_next(self) -> float:
         random = self.dataset.random
         return random.uniform(0.0, 0.02) if random.random() < 0.9 else random.uniform(0.0, 3.0)
@@ -168,16 +171,18 @@ class FakeExecution:
 class PumpThread:
     """Stands for the pump's thread: takes the same steps as `Pump._run`, as timers."""
 
-    def __init__(self, *, target: Callable[[], None], name: str, daemon: bool) -> None:
+    def __init__(
+        self, *, target: Callable[..., None], args: tuple[object], name: str, daemon: bool
+    ) -> None:
         pump = target.__self__  # type: ignore[attr-defined]
         assert isinstance(pump, Pump)
         self._pump = pump
         self._loop = asyncio.get_running_loop()
         self._busy = False
         self._ended = False
-        execution = pump._execution
+        (execution,) = args
         assert isinstance(execution, FakeExecution)
-        self._execution: FakeExecution = execution
+        self.execution: FakeExecution = execution
         execution.dataset.pumps.append(self)
 
     @property
@@ -191,18 +196,21 @@ class PumpThread:
         condition.notified = self.step
         self.step()
 
+    def join(self) -> None:
+        """Return: there is nothing to wait for in virtual time."""
+
     def step(self) -> None:
         """Begin to wait for a bundle, if the pump may."""
         if self._busy or self._ended or self._pump._stopped or self._pump._credit <= 0:
             return
         self._busy = True
-        self._loop.call_later(self._execution.seconds_to_next(), self._take)
+        self._loop.call_later(self.execution.seconds_to_next(), self._take)
 
     def _take(self) -> None:
         self._busy = False
         bundle, end = None, None
         try:
-            bundle = self._execution.next_bundle()
+            bundle = self.execution.next_bundle()
         except BaseException as error:
             end = error
         if self._pump._hand_over(bundle, end):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import Phase, Stream
 from asyncsplit.core.ledger import Ledger
-from tests.simulation.dataset import FakeDataset, FakeExecution, Ref
+from tests.simulation.dataset import FakeDataset, PumpThread, Ref
 
 
 @dataclass
@@ -66,8 +66,8 @@ class Oracle:
             self._ran = True
             pump = self.coordinator._pump
             assert pump is not None
-            assert isinstance(pump._execution, FakeExecution)
-            assert pump._execution.epoch == epochs.epoch, "an epoch runs on its own execution"
+            assert isinstance(pump._thread, PumpThread)
+            assert pump._thread.execution.epoch == epochs.epoch, "an epoch runs on its own"
             for split, stream in epochs.active.items():
                 if self._holders.setdefault(split, stream) != stream:
                     self._note_take_over(split, stream)

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import asyncsplit.coordinator
 import asyncsplit.feed
+import asyncsplit.guard
 import asyncsplit.pump
 import asyncsplit.stream
 from asyncsplit import engine
@@ -406,6 +407,7 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.coordinator, "time", SimpleNamespace(monotonic=_now))
         put(asyncsplit.coordinator, "MAX_SLICES", 3)
         put(asyncsplit.pump, "threading", fakes.PUMP_THREADING)
+        put(asyncsplit.guard, "gc", SimpleNamespace(collect=lambda: 0))  # it takes real time
         logger = logging.getLogger("asyncsplit")
         put(logger, "level", logging.CRITICAL)
         yield
