@@ -600,6 +600,18 @@ class RestartableCoordinator(SplitCoordinator):
         super().__init__(unpack(dataset), n, equal, locality_hints, options)
         self._kept: Sequence[ObjectRef[Any]] = ()
 
+    def __ray_shutdown__(self) -> None:
+        """Stop executing before the process ends: Ray calls this when it lets the actor go.
+
+        Threads still at work when Ray's own part of the process is taken down can corrupt its
+        memory, and leave behind a process that writes one stack trace after the other.
+        """
+        if self._pump is not None:
+            self._pump.stop()
+        self._guard.close()
+        if self._pump is not None:
+            self._pump.join()
+
     async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
         """Keep what the dataset refers to, as long as this process lives."""
         self._kept = refs

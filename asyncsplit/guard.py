@@ -134,6 +134,11 @@ class Guard:
                 await self._blocking(gc.collect)
             self._ended()
 
+    def close(self) -> None:
+        """Shut the running executor down at once, from any thread, for good."""
+        if self._execution is not None:
+            self._execution.shutdown()
+
     async def stats(self) -> str:
         """Return Ray Data's own statistics of the running or the last execution."""
         if self._execution is not None:

@@ -126,7 +126,7 @@ class OnlyOnDrivers:
 
 async def test_a_dataset_that_cannot_be_unpickled_is_named_as_the_cause() -> None:
     value = OnlyOnDrivers()
-    ds = ray.data.range(10).map_batches(lambda batch: batch if value else {})
+    ds = ray.data.range(10).map_batches(lambda batch: batch | {"value": value})
     (it,) = asyncsplit.streaming_split(ds, 1)
     with pytest.raises(CoordinatorLostError, match="could not be started: ZeroDivisionError"):
         await read(it)
