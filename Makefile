@@ -8,6 +8,8 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 	&& echo "$$python" && break; done)
 
 BIN := $(VENV)/bin
+# Most tests wait for Ray, most of the time: two processes at once, each with a cluster of its own.
+PARALLEL := --numprocesses=2 --dist=worksteal
 # Arguments for the command of a target, such as ARGS='-k barrier -x'.
 ARGS ?=
 
@@ -24,13 +26,13 @@ demo: venv ## Run the demo
 	$(BIN)/python -m asyncsplit demo $(ARGS)
 
 test: venv ## Run every test, with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term $(ARGS)
 
 test-unit: venv ## Run the tests that need no Ray cluster
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
 test-oldest-ray: $(VENV_OLDEST)/.installed ## Run the integration tests on the oldest supported Ray
-	$(VENV_OLDEST)/bin/python -m pytest tests/integration $(ARGS)
+	$(VENV_OLDEST)/bin/python -m pytest tests/integration $(PARALLEL) $(ARGS)
 
 check: venv ## Lint, check the format and the types
 	$(BIN)/ruff check

@@ -102,7 +102,7 @@ def _detect_blocking_in_async_tests(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local cluster of two CPUs for the whole run."""
+    """One local cluster of two CPUs for all tests of a process."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield

@@ -119,7 +119,7 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
 
 
 def gated(gate: Gate) -> Dataset:
-    def wait(batch: dict[str, Any]) -> dict[str, Any]:
+    def wait(batch: Any) -> Any:
         if batch["id"][0] >= 500:
             gate.wait()
         return batch

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import ray
 
+from asyncsplit.core.epochs import KEPT
+
 
 @dataclass(frozen=True)
 class Held:
@@ -126,7 +128,8 @@ EXACT = {
     "fds": _Bound(3),
     "tasks": _Bound(2),
     "own_objects": _Bound(30),
-    "items": _Bound(4),
+    # For each of two splits the coordinator remembers the last four dead, and four closed streams.
+    "items": _Bound(4 + 2 * 2 * KEPT),
 }
 """Bounds of what is counted, for any process."""
 

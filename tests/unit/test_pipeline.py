@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ray.data.block import BlockAccessor
 
@@ -18,6 +18,7 @@ from asyncsplit import engine
 from asyncsplit.core.shuffle import DRAW_ROWS, ShuffleKey, ShufflePlan
 from asyncsplit.formats import SUPPORTED_FORMATS, block_rows, resolve_batch_format
 from asyncsplit.pipeline import Pipeline, RowPipeline
+from tests.profiles import FEWER
 from tests.same import assert_same, feed
 
 # Ray's accessors use what the newest pandas has deprecated.
@@ -25,8 +26,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword in DataFrame
 
 FORMATS = ["numpy", "pandas", "pyarrow", None]
 
-# Converting takes milliseconds: fewer examples than of what only counts.
-fewer = settings(max_examples=settings().max_examples // 10 + 50)
 
 formats = st.sampled_from(FORMATS)
 counts_of_rows = st.lists(st.integers(0, 25), max_size=8)
@@ -93,7 +92,7 @@ def ids(batches: list[Any]) -> list[int]:
     return [int(row) for batch in batches for row in np.asarray(batch["id"])]
 
 
-@fewer
+@FEWER
 @given(counts_of_rows, st.none() | batch_sizes, formats, st.booleans())
 def test_batches_of_arrow_blocks(
     counts: list[int], batch_size: int | None, batch_format: str | None, drop_last: bool
@@ -108,7 +107,7 @@ def test_batches_of_arrow_blocks(
         assert pipeline.rows_dropped == 0
 
 
-@fewer
+@FEWER
 @given(
     st.lists(st.integers(0, 9), max_size=5), st.none() | st.integers(1, 9), formats, st.booleans()
 )
@@ -120,7 +119,7 @@ def test_batches_of_pandas_blocks(
     assert_same(batches, expected(counts, frame, batch_size, batch_format, drop_last))
 
 
-@fewer
+@FEWER
 @given(
     counts_of_rows,
     batch_sizes,
@@ -156,7 +155,7 @@ def test_rows_outside_of_start_and_stop_are_left_out(
 
 
 @pytest.mark.parametrize("shuffle", [None, 20])
-@fewer
+@FEWER
 @given(counts_of_rows, batch_sizes, formats, st.lists(st.integers(0, 4)))
 def test_batches_do_not_depend_on_when_blocks_come(
     shuffle: int | None,
@@ -329,7 +328,7 @@ def test_closing_lets_go_of_everything(kind: str) -> None:
     pipeline.close()
 
 
-@fewer
+@FEWER
 @given(counts_of_rows, batch_sizes, st.integers(1, 60), formats, st.booleans(), st.booleans())
 def test_shuffled_batches(
     counts: list[int],
@@ -444,6 +443,7 @@ def test_a_shuffle_needs_a_batch_size() -> None:
         Pipeline(batch_size=None, batch_format="numpy", shuffle_buffer_size=3)
 
 
+@FEWER
 @given(counts_of_rows, batch_sizes, st.integers(1, 60))
 def test_the_oldest_unfinished_block_is_never_named_too_late(
     counts: list[int], batch_size: int, buffer_size: int
@@ -532,7 +532,7 @@ def run_leg(
 
 
 @pytest.mark.parametrize("draw_rows", [8, DRAW_ROWS])
-@fewer
+@FEWER
 @given(
     st.lists(st.integers(0, 25), max_size=16),
     st.integers(1, 12),
@@ -720,6 +720,7 @@ def test_in_order_nobody_needs_to_name_the_oldest_unfinished_block() -> None:
     assert Pipeline(batch_size=1, batch_format=None).oldest_unfinished is None
 
 
+@FEWER
 @given(counts_of_rows, st.integers(1, 40))
 def test_rows_one_by_one(counts: list[int], cells: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

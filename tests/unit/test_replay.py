@@ -73,8 +73,12 @@ def test_a_split_that_had_finished_leaves_nothing() -> None:
 def test_other_blocks_are_refused(sizes: list[int]) -> None:
     given_out = shares([5, 7, 5, 5], 2, equal=False)
     replay = Replay([past(share, 9) for share in given_out], equal=False)
+
+    def read() -> list[Part]:
+        return replay.rest(dataset(sizes)) + replay.finish()
+
     with pytest.raises(StateMismatchError, match="blocks are not those that were read before"):
-        replay.rest(dataset(sizes)) + replay.finish()
+        read()
 
 
 def test_going_on_in_an_epoch_needs_blocks_that_come_again() -> None:

@@ -29,6 +29,7 @@ from asyncsplit.telemetry.collector import StateCollector
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 from asyncsplit.telemetry.summary import summary
+from tests.profiles import FEWER
 
 TraceFunction = Callable[[FrameType, str, Any], Any]
 Series = tuple[str, frozenset[tuple[str, str]]]
@@ -166,6 +167,7 @@ def test_the_number_of_series_is_bounded(n: int) -> None:
     assert len(series) < 500
 
 
+@FEWER
 @given(name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_dataset_name_survives_both_text_formats(name: str) -> None:
     registry = registry_of(CoordinatorState.of("id", 1, name))
@@ -285,6 +287,7 @@ def histories(draw: st.DrawFn) -> list[Stint]:
     return stints
 
 
+@FEWER
 @given(histories())
 def test_nothing_is_counted_twice_or_taken_back(history: list[Stint]) -> None:
     state = CoordinatorState.of("id", 1)

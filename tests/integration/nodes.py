@@ -1,0 +1,214 @@
+"""A cluster whose nodes are lost or run out of memory: a program, for tests that need one.
+
+The session's cluster has one node, which has to stay. Each line of the input names a failure of
+`FAILURES`, and each is answered by a line of JSON, an `Outcome`. The program ends with its input.
+"""
+
+import asyncio
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import ray
+from ray.cluster_utils import Cluster
+
+import asyncsplit
+from asyncsplit import AsyncDataIterator, BatchStream
+from tests.integration.consume import eventually, stopped
+from tests.integration.processes import runs
+
+MB = 2**20
+BLOCKS = 12
+ROWS = 10
+"""Of one block."""
+
+OOM_RETRIES = 3
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "200",
+    "RAY_health_check_failure_threshold": "5",
+    # Ray's own default is to retry for ever, with ever longer delays.
+    "RAY_task_oom_retries": str(OOM_RETRIES),
+    "RAY_task_oom_retry_delay_base_ms": "100",
+}
+
+
+class Outcome(TypedDict):
+    """What came of a failure."""
+
+    rows: list[int]
+    """Ids that were delivered, sorted."""
+    errors: list[list[str]]
+    """For each split that got an error, the names of its class and of that one's bases."""
+    runs: list[int]
+    """The first id of each block that was begun, again for each time."""
+
+
+class Diary:
+    """Notes in a file, for processes that get killed."""
+
+    def __init__(self, directory: str) -> None:
+        self._path = Path(tempfile.mkdtemp(dir=directory)) / "runs"
+        self._path.touch()
+
+    def note(self, first: int) -> None:
+        with self._path.open("a") as file:
+            file.write(f"{first}\n")
+
+    def runs(self) -> list[int]:
+        return [int(line) for line in self._path.read_text().splitlines()]
+
+
+@contextmanager
+def node(cluster: Cluster, environment: dict[str, str] | None = None) -> Iterator[Any]:
+    """Add a node of one CPU, the only one that can execute anything; kill it at the end."""
+    environment = environment or {}
+    os.environ.update(environment)
+    added = cluster.add_node(num_cpus=1)
+    for name in environment:
+        del os.environ[name]
+    yield added
+    if added in cluster.worker_nodes:
+        cluster.remove_node(added, allow_graceful=False)
+
+
+async def outcome(
+    its: list[AsyncDataIterator], streams: list[BatchStream[Any]], seen: list[int], diary: Diary
+) -> Outcome:
+    """Read to the end, or to an error; either way the epoch has to be over then."""
+
+    async def read(stream: BatchStream[Any]) -> None:
+        async with asyncio.timeout(60):
+            async for batch in stream:
+                seen.extend(map(int, batch["id"]))
+
+    ends = await asyncio.gather(*map(read, streams), return_exceptions=True)
+    await eventually(lambda: stopped(its[0]))
+    errors = [[cls.__name__ for cls in type(end).__mro__] for end in ends if end is not None]
+    return Outcome(rows=sorted(seen), errors=errors, runs=diary.runs())
+
+
+async def lose_blocks(cluster: Cluster, directory: str, **ray_remote_args: Any) -> Outcome:
+    """Kill a node that holds blocks no consumer has fetched; start another one."""
+    diary = Diary(directory)
+    payload = 3 * MB // 2 // ROWS
+    go = Path(tempfile.mkdtemp(dir=directory)) / "go"
+
+    def produce(batch: Any) -> Any:
+        first = int(batch["id"][0])
+        while first >= 2 * ROWS and not go.exists():
+            time.sleep(0.01)
+        diary.note(first)
+        return {"id": batch["id"], "payload": np.zeros((ROWS, payload), np.uint8)}
+
+    ds = ray.data.range(BLOCKS * ROWS, override_num_blocks=BLOCKS)
+    ds = ds.map_batches(produce, **ray_remote_args)
+
+    async def all_produced() -> bool:
+        return (await its[0].status()).held_bytes >= BLOCKS * ROWS * payload
+
+    with node(cluster) as lost:
+        its = asyncsplit.streaming_split(ds, 2)
+        streams = [it.iter_batches(batch_size=None, prefetch_batches=0) for it in its]
+        # Each has one block, which it goes on to hold until it asks for the next one.
+        seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
+        go.touch()
+        await eventually(all_produced)
+        cluster.remove_node(lost, allow_graceful=False)
+    with node(cluster):
+        return await outcome(its, streams, seen, diary)
+
+
+def full(every_ms: int) -> dict[str, str]:
+    """Return what makes a node kill what executes on it: any use of memory is too much for it.
+
+    A real shortage would depend on what else runs on the machine.
+    """
+    return {
+        "RAY_memory_monitor_refresh_ms": str(every_ms),
+        "RAY_memory_usage_threshold": "0.0001",
+    }
+
+
+async def run_out_of_memory(cluster: Cluster, directory: str) -> Outcome:
+    """Have only a node that is out of memory."""
+    diary = Diary(directory)
+
+    def produce(batch: Any) -> Any:
+        diary.note(int(batch["id"][0]))
+        time.sleep(30)
+        raise AssertionError("nobody killed this task")
+
+    ds = ray.data.range(ROWS, override_num_blocks=1).map_batches(produce)
+    with node(cluster, full(every_ms=100)):
+        its = asyncsplit.streaming_split(ds, 2)
+        return await outcome(its, [it.iter_batches() for it in its], [], diary)
+
+
+async def run_out_of_memory_once(cluster: Cluster, directory: str) -> Outcome:
+    """Have a task killed by a node that is out of memory, and retried on one that is not."""
+    killed, diary = Diary(directory), Diary(directory)
+
+    def produce(batch: Any) -> Any:
+        if ray.get_runtime_context().get_node_id() == full_node_id:
+            killed.note(os.getpid())
+            time.sleep(30)
+            raise AssertionError("nobody killed this task")
+        diary.note(int(batch["id"][0]))
+        return batch
+
+    async def one_was_killed() -> bool:
+        return any(not runs(pid) for pid in killed.runs())
+
+    with node(cluster):
+        # Keeps the CPU of the good node until it is needed.
+        guard: Any = ray.remote(Diary).options(num_cpus=1).remote(directory)
+        await guard.runs.remote()
+        # Seldom enough for a task to have begun by then.
+        with node(cluster, full(every_ms=2000)) as full_node:
+            full_node_id = full_node.node_id
+            ds = ray.data.range(BLOCKS * ROWS, override_num_blocks=BLOCKS).map_batches(produce)
+            its = asyncsplit.streaming_split(ds, 2)
+            streams = [it.iter_batches() for it in its]
+            reading = asyncio.create_task(outcome(its, streams, [], diary))
+            await eventually(one_was_killed, timeout_s=40)
+            ray.kill(guard)
+        return await reading
+
+
+FAILURES: dict[str, Any] = {
+    "blocks are lost": lose_blocks,
+    "blocks are lost for good": lambda *where: lose_blocks(*where, max_retries=0),
+    "out of memory once": run_out_of_memory_once,
+    "out of memory": run_out_of_memory,
+}
+
+
+def main() -> None:
+    """Play what the input names."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    # The paths of Ray's sockets must be short. They must also be apart from the usual ones: a
+    # process that calls ray.init() would join this cluster.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="nodes-") as directory:
+        os.environ.update(ENVIRONMENT, RAY_TMPDIR=directory)
+        head = {"num_cpus": 0, "include_dashboard": False, "no_monitor": True}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        ray.init(address=cluster.address, log_to_driver=False)
+        for line in sys.stdin:
+            print(json.dumps(asyncio.run(FAILURES[line.strip()](cluster, directory))), file=answers)
+        ray.shutdown()
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
