@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from asyncsplit.core.ledger import Ledger, SplitLog
+from asyncsplit.core.ledger import FINISHED, Ledger, Position, SplitLog, fingerprint
 from asyncsplit.core.routing import Part, make_router
 
 BUDGET = 400
+SHARES = (1.0, 0.6, 0.3, 0.0)
 
 
 def part(rows: int, block: object = None) -> Part:
@@ -108,22 +109,46 @@ def test_rows_of_a_split_that_left_do_not_stop_the_others() -> None:
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Produce, read, acknowledge, rewind and leave in any order; check the invariants."""
+    """Produce, read, acknowledge, crash, restart, resume and leave in any order, epoch by epoch."""
 
     @initialize(
         n=st.integers(1, 5),
         mode=st.sampled_from([(False, "rows"), (True, "rows"), (False, "demand")]),
+        leavers=st.integers(0, 2),
     )
-    def start(self, n: int, mode: tuple[bool, str]) -> None:
+    def start(self, n: int, mode: tuple[bool, str], leavers: int) -> None:
         self.n = n
+        self.leavers = leavers
         self.equal, self.routing = mode
-        router = make_router(n, equal=self.equal, routing=self.routing)
-        self.ledger = Ledger(n, router, BUDGET)
-        self.blocks = 0
+        self.begin({})
+
+    def begin(self, resume: dict[int, Position]) -> None:
+        """Begin an epoch, or go on in it with a new ledger."""
+        router = make_router(self.n, equal=self.equal, routing=self.routing)
+        self.ledger = Ledger(self.n, router, BUDGET, resume)
+        if resume:
+            return
+        self.parts: list[Part] = []
         self.biggest = 0
-        self.cursors = [0] * n
+        self.cursors = [0] * self.n
+        self.begun = [0] * self.n
+        self.finished = [0] * self.n
+        self.committed = [0] * self.n
         self.rewound: set[int] = set()
-        self.delivered: list[list[tuple[int, int]]] = [[] for _ in range(n)]
+        self.delivered: list[list[tuple[int, int]]] = [[] for _ in range(self.n)]
+        self.leases: list[list[Part]] = [[] for _ in range(self.n)]
+        self.sent: list[tuple[int, int, int]] = []
+
+    def readable(self) -> list[int]:
+        logs = enumerate(self.ledger.logs)
+        return [s for s, log in logs if not log.left and self.cursors[s] < log.next_seq]
+
+    def unfinished(self) -> list[int]:
+        logs = enumerate(self.ledger.logs)
+        return [s for s, log in logs if not log.left and self.cursors[s] > log.first_seq]
+
+    def present(self) -> list[int]:
+        return [s for s, log in enumerate(self.ledger.logs) if not log.left]
 
     @precondition(lambda self: self.ledger.credit() > 0)
     @rule(rows=st.lists(st.integers(1, 60), min_size=1, max_size=8))
@@ -133,39 +158,40 @@ class LedgerMachine(RuleBasedStateMachine):
         for count in rows:
             if credit <= 0:
                 break
-            taken.append(part(count, self.blocks))
+            taken.append(part(count, len(self.parts)))
             self.biggest = max(self.biggest, taken[-1].size_bytes)
-            self.blocks += 1
+            self.parts.append(taken[-1])
             credit -= taken[-1].size_bytes
         self.ledger.produce(taken)
         self.ledger.route()
 
-    @precondition(lambda self: not self.ledger.finished)
+    @precondition(lambda self: self.parts and not self.ledger.finished)
     @rule()
     def finish(self) -> None:
         self.ledger.finish()
         self.ledger.route()
 
-    @rule(split=st.integers(0, 4), count=st.integers(1, 4))
-    def pull(self, split: int, count: int) -> None:
-        split %= self.n
+    @precondition(lambda self: self.readable())
+    @rule(which=st.integers(0, 4), count=st.integers(1, 4))
+    def pull(self, which: int, count: int) -> None:
+        split = self.readable()[which % len(self.readable())]
         log = self.ledger.logs[split]
-        if log.left:
-            return
         leases = log.read(self.cursors[split], max_leases=count)
         for lease in leases:
             assert lease.seq == self.cursors[split]
             self.cursors[split] += 1
+            if lease.seq == len(self.leases[split]):
+                self.leases[split].append(lease.part)
+            assert lease.part == self.leases[split][lease.seq], "what comes again is the same"
             block = cast("int", lease.part.block)
             rows = range(lease.part.start, lease.part.stop)
             self.delivered[split].extend((block, row) for row in rows)
 
-    @rule(split=st.integers(0, 4), share=st.floats(0, 1), fed=st.floats(0, 1))
-    def acknowledge(self, split: int, share: float, fed: float) -> None:
-        split %= self.n
+    @precondition(lambda self: self.unfinished())
+    @rule(which=st.integers(0, 4), share=st.sampled_from(SHARES), fed=st.sampled_from(SHARES))
+    def acknowledge(self, which: int, share: float, fed: float) -> None:
+        split = self.unfinished()[which % len(self.unfinished())]
         log = self.ledger.logs[split]
-        if log.left:
-            return
         begun = log.first_seq + round((self.cursors[split] - log.first_seq) * fed)
         rows = sum(
             lease.part.rows
@@ -174,26 +200,83 @@ class LedgerMachine(RuleBasedStateMachine):
         )
         first = log.read(log.first_seq, max_leases=1)
         base = first[0].first_row if first else log.assigned_rows
+        self.finished[split] = max(self.finished[split], base + int(rows * share))
+        self.begun[split] = max(self.begun[split], begun)
+        self.sent.append((split, base + int(rows * share), begun))
         self.ledger.acknowledge(split, base + int(rows * share), fed=begun)
         self.ledger.route()
 
-    @rule(split=st.integers(0, 4))
-    def crash(self, split: int) -> None:
-        split %= self.n
-        log = self.ledger.logs[split]
-        if log.left:
+    @precondition(lambda self: self.sent)
+    @rule(which=st.integers(0))
+    def repeat_an_old_message(self, which: int) -> None:
+        split, rows, fed = self.sent[which % len(self.sent)]
+        if self.ledger.logs[split].left:
             return
+        self.ledger.acknowledge(split, rows, fed=fed)
+        self.begun[split] = max(self.begun[split], min(fed, self.cursors[split]))
+        self.ledger.route()
+
+    @precondition(lambda self: self.routing == "rows" and self.parts)
+    @rule(saved=st.booleans())
+    def begin_anew_from_positions(self, saved: bool) -> None:
+        """A coordinator is restarted, and consumers keep what they have begun; or a run resumes."""
+        resume = {}
+        for split, log in enumerate(self.ledger.logs):
+            if log.left:
+                resume[split] = Position(0, FINISHED)
+                continue
+            rows, check, first_row = self.finished[split], 0, 0
+            for leased in self.leases[split]:
+                if first_row < rows:
+                    check = fingerprint(check, leased.rows)
+                first_row += leased.rows
+            self.cursors[split] = 0 if saved else self.begun[split]
+            resume[split] = Position(0, rows, check, self.cursors[split])
+        ended = self.ledger.finished
+        self.begin(resume)
+        for taken in self.parts:
+            self.ledger.produce([taken])
+            self.ledger.route()
+        if ended:
+            self.ledger.finish()
+            self.ledger.route()
+        for split, log in enumerate(self.ledger.logs):
+            self.rewound.add(split)
+            if resume[split].rows == FINISHED:
+                self.ledger.leave(split)
+                self.delivered[split].clear()
+                continue
+            if saved:
+                self.begun[split] = self.cursors[split] = log.first_seq
+                self.sent = [message for message in self.sent if message[0] != split]
+            keep = sum(leased.rows for leased in self.leases[split][: self.cursors[split]])
+            del self.delivered[split][max(keep, self.finished[split] if saved else 0) :]
+            if saved:
+                del self.delivered[split][keep:]
+
+    @precondition(lambda self: self.parts and self.ledger.complete and not self.readable())
+    @rule()
+    def begin_the_next_epoch(self) -> None:
+        self.begin({})
+
+    @precondition(lambda self: self.unfinished())
+    @rule(which=st.integers(0, 4))
+    def crash(self, which: int) -> None:
+        split = self.unfinished()[which % len(self.unfinished())]
+        log = self.ledger.logs[split]
         self.ledger.rewind(split)
         self.rewound.add(split)
-        self.cursors[split] = log.first_seq
+        self.cursors[split] = self.begun[split] = log.first_seq
         first = log.read(self.cursors[split], max_leases=1)
         keep = first[0].first_row if first else log.assigned_rows
         assert keep + log.skip_rows == log.committed_rows
         del self.delivered[split][keep:]
 
-    @rule(split=st.integers(0, 4))
-    def leave(self, split: int) -> None:
-        self.ledger.leave(split % self.n)
+    @precondition(lambda self: self.leavers and self.parts and self.present())
+    @rule(which=st.integers(0, 4))
+    def leave(self, which: int) -> None:
+        self.leavers -= 1
+        self.ledger.leave(self.present()[which % len(self.present())])
         self.ledger.route()
 
     @invariant()
@@ -214,6 +297,13 @@ class LedgerMachine(RuleBasedStateMachine):
         for split, log in enumerate(self.ledger.logs):
             if split not in self.rewound:
                 assert log.waiting_bytes < BUDGET + self.biggest
+
+    @invariant()
+    def what_is_committed_stays_committed(self) -> None:
+        for split, log in enumerate(self.ledger.logs):
+            if not log.left:
+                assert log.committed_rows >= self.committed[split]
+                self.committed[split] = log.committed_rows
 
     @invariant()
     def no_row_goes_to_two_splits(self) -> None:
