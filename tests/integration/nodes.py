@@ -22,7 +22,6 @@ from ray.cluster_utils import Cluster
 import asyncsplit
 from asyncsplit import AsyncDataIterator, BatchStream
 from tests.integration.consume import eventually, stopped
-from tests.integration.processes import runs
 
 MB = 2**20
 BLOCKS = 12
@@ -154,41 +153,9 @@ async def run_out_of_memory(cluster: Cluster, directory: str) -> Outcome:
         return await outcome(its, [it.iter_batches() for it in its], [], diary)
 
 
-async def run_out_of_memory_once(cluster: Cluster, directory: str) -> Outcome:
-    """Have a task killed by a node that is out of memory, and retried on one that is not."""
-    killed, diary = Diary(directory), Diary(directory)
-
-    def produce(batch: Any) -> Any:
-        if ray.get_runtime_context().get_node_id() == full_node_id:
-            killed.note(os.getpid())
-            time.sleep(30)
-            raise AssertionError("nobody killed this task")
-        diary.note(int(batch["id"][0]))
-        return batch
-
-    async def one_was_killed() -> bool:
-        return any(not runs(pid) for pid in killed.runs())
-
-    with node(cluster):
-        # Keeps the CPU of the good node until it is needed.
-        guard: Any = ray.remote(Diary).options(num_cpus=1).remote(directory)
-        await guard.runs.remote()
-        # Seldom enough for a task to have begun by then.
-        with node(cluster, full(every_ms=2000)) as full_node:
-            full_node_id = full_node.node_id
-            ds = ray.data.range(BLOCKS * ROWS, override_num_blocks=BLOCKS).map_batches(produce)
-            its = asyncsplit.streaming_split(ds, 2)
-            streams = [it.iter_batches() for it in its]
-            reading = asyncio.create_task(outcome(its, streams, [], diary))
-            await eventually(one_was_killed, timeout_s=40)
-            ray.kill(guard)
-        return await reading
-
-
 FAILURES: dict[str, Any] = {
     "blocks are lost": lose_blocks,
     "blocks are lost for good": lambda *where: lose_blocks(*where, max_retries=0),
-    "out of memory once": run_out_of_memory_once,
     "out of memory": run_out_of_memory,
 }
 

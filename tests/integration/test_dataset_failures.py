@@ -161,12 +161,6 @@ def test_lost_blocks_that_cannot_be_produced_again_are_an_error_for_all(play: An
     assert len(outcome["runs"]) == BLOCKS
 
 
-def test_a_task_killed_for_its_memory_is_retried(play: Any) -> None:
-    outcome = play("out of memory once")
-    assert outcome["errors"] == []
-    assert outcome["rows"] == list(range(BLOCKS * ROWS))
-
-
 def test_running_out_of_memory_again_and_again_is_an_error_for_all(play: Any) -> None:
     outcome = play("out of memory")
     assert [classes[0] for classes in outcome["errors"]] == ["OutOfMemoryError"] * 2
