@@ -8,7 +8,7 @@ from ray.data import Dataset
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asyncsplit import engine
-from asyncsplit.coordinator import RestartableCoordinator
+from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.iterator import AsyncDataIterator
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import pack
@@ -62,7 +62,7 @@ def streaming_split(
     _check_cluster()
     pieces, refs = pack(ds)
     coordinator: Coordinator = (
-        ray.remote(RestartableCoordinator)
+        ray.remote(SplitCoordinator)
         .options(
             num_cpus=0,
             max_restarts=options.coordinator_max_restarts,

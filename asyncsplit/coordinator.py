@@ -72,13 +72,14 @@ class SplitCoordinator:
 
     def __init__(
         self,
-        dataset: Dataset,
         n: int,
         equal: bool,
         locality_hints: Sequence[str] | None,
         options: SplitOptions,
+        *pieces: bytes,
     ) -> None:
-        """Set up; nothing runs until all splits have arrived."""
+        """Put the dataset together and set up; nothing runs until all splits have arrived."""
+        dataset: Dataset = unpack(pieces)
         self._n = n
         self._equal = equal
         # Ray Data ignores locality where order must be kept; so do we, or the same blocks would
@@ -112,6 +113,23 @@ class SplitCoordinator:
         self._stopping: asyncio.Task[None] | None = None
         self._shut = False
         self._endpoint = Endpoint.serve(self._state, options.telemetry)
+        self._kept: Sequence[ObjectRef[Any]] = ()
+
+    def __ray_shutdown__(self) -> None:
+        """Stop executing before the process ends: Ray calls this when it lets the actor go.
+
+        Threads still at work when Ray's own part of the process is taken down can corrupt its
+        memory, and leave behind a process that writes one stack trace after the other.
+        """
+        if self._pump is not None:
+            self._pump.stop()
+        self._guard.close()
+        if self._pump is not None:
+            self._pump.join()
+
+    async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
+        """Keep what the dataset refers to, as long as this process lives."""
+        self._kept = refs
 
     @replies
     async def start_epoch(
@@ -583,35 +601,3 @@ class SplitCoordinator:
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
         return Ledger(self._n, router, self._options.prefetch_bytes, resume)
-
-
-class RestartableCoordinator(SplitCoordinator):
-    """The actor as Ray starts it, and starts it again: see `asyncsplit.parcel`."""
-
-    def __init__(
-        self,
-        n: int,
-        equal: bool,
-        locality_hints: Sequence[str] | None,
-        options: SplitOptions,
-        *dataset: bytes,
-    ) -> None:
-        """Put the dataset together, and set up."""
-        super().__init__(unpack(dataset), n, equal, locality_hints, options)
-        self._kept: Sequence[ObjectRef[Any]] = ()
-
-    def __ray_shutdown__(self) -> None:
-        """Stop executing before the process ends: Ray calls this when it lets the actor go.
-
-        Threads still at work when Ray's own part of the process is taken down can corrupt its
-        memory, and leave behind a process that writes one stack trace after the other.
-        """
-        if self._pump is not None:
-            self._pump.stop()
-        self._guard.close()
-        if self._pump is not None:
-            self._pump.join()
-
-    async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
-        """Keep what the dataset refers to, as long as this process lives."""
-        self._kept = refs

@@ -165,8 +165,8 @@ class Feed:
             if arrived and arrived.epoch == self.started.epoch:
                 return arrived
             return Position(self.started.epoch)
-        rows = self._progress(finished_rows).rows
-        if (low := self._progress(finished_rows).low) is not None:
+        rows, _, low = self._progress(finished_rows)
+        if low is not None:
             if self._draws_all:
                 key = self._pipeline.shuffle
                 return Position(
@@ -263,14 +263,13 @@ class Feed:
     def _try_to_feed(self) -> "Future[Any] | None":
         """Feed what is here; if blocks are gone with their owner, ask for them once more."""
         try:
-            waiting_for = self._feed_head()
+            return self._feed_head()
         except ObjectLostError:
             if self._lost_at == self._fed:
                 raise
             self._lost_at = self._fed
             self._drop_backlog()
             return None
-        return waiting_for
 
     def _feed_head(self) -> "Future[Any] | None":
         """Feed what is here of the backlog; if its head is not, return what to wait for."""

@@ -156,7 +156,9 @@ async def test_a_coordinator_may_die_while_a_resumed_run_catches_up(gate: Gate) 
 async def test_a_replacement_may_come_while_a_restarted_coordinator_catches_up(
     gate: Gate, start: Any
 ) -> None:
-    (it,) = asyncsplit.streaming_split(gated(gate), 1)
+    # With little ahead, the consumer has to ask the new coordinator for more.
+    options = SplitOptions(prefetch_bytes=1)
+    (it,) = asyncsplit.streaming_split(gated(gate), 1, options=options)
     first = start(it, batch_size=100)
     ids = [i for _ in range(8) for i in await first.next.remote()]
     gate.shut()

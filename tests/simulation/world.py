@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -145,11 +146,11 @@ class World:
             telemetry=TelemetryConfig(enabled=False),
         )
         self.coordinator = SplitCoordinator(
-            dataset,  # type: ignore[arg-type]
             plan.n,
             plan.equal,
             None,
             options,
+            dataset,  # type: ignore[arg-type]
         )
         self.network.coordinator = self.coordinator
         self.oracle = Oracle(
@@ -405,6 +406,7 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.feed, "perf_counter", _now)
         put(asyncsplit.stream, "perf_counter", _now)
         put(asyncsplit.coordinator, "time", SimpleNamespace(monotonic=_now))
+        put(asyncsplit.coordinator, "unpack", itemgetter(0))
         put(asyncsplit.coordinator, "MAX_SLICES", 3)
         put(asyncsplit.pump, "threading", fakes.PUMP_THREADING)
         put(asyncsplit.guard, "gc", SimpleNamespace(collect=lambda: 0))  # it takes real time
