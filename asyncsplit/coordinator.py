@@ -11,7 +11,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -23,19 +23,18 @@ from asyncsplit.core.epochs import Epochs, Phase, Stream
 from asyncsplit.core.ledger import Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, listing
 from asyncsplit.core.replay import Replay, read_before
-from asyncsplit.core.routing import Part, make_router
+from asyncsplit.core.routing import make_router
 from asyncsplit.core.shuffle import ShuffleKey
+from asyncsplit.distribution import Distribution
 from asyncsplit.errors import (
     ConsumerConflictError,
     ConsumerLostError,
-    StateMismatchError,
     StreamClosedError,
 )
 from asyncsplit.guard import DuringExecution, Guard
 from asyncsplit.lifeline import VERDICT_S, Lifelines
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import unpack
-from asyncsplit.pump import Pump
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 from asyncsplit.telemetry.summary import summary
@@ -44,7 +43,6 @@ from asyncsplit.wire import (
     Failure,
     Progress,
     Rejoin,
-    Slice,
     Started,
     Status,
     replies,
@@ -56,9 +54,6 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 1.0
 """How often waits are looked after."""
-
-MAX_SLICES = 256
-"""Slices in one reply. More would hold the loop, at 50 microseconds each, too long."""
 
 
 def _reject(opening: "asyncio.Future[Started]", error: BaseException) -> None:
@@ -95,19 +90,15 @@ class SplitCoordinator:
         blocking = ThreadPoolExecutor(1, thread_name_prefix="asyncsplit-blocking")
         self._guard = Guard(dataset, blocking, self._state)
         self._epochs = Epochs(n)
-        self._ledger = self._new_ledger()
-        self._pump: Pump | None = None
+        self._distribution = self._new_distribution()
         self._openings: dict[int, asyncio.Future[Started]] = {}
         self._shuffles: dict[int, ShuffleKey | None] = {}
         self._earlier: tuple[tuple[Past, ...], ...] = ()
-        self._replays: list[Replay] = []
-        self._pulls: dict[int, asyncio.Future[None]] = {}
         self._failed: tuple[int, Failure, Collection[Stream]] | None = None
         self._liveness = Liveness(options.barrier_timeout_s, options.rejoin_timeout_s)
         self._lifelines = Lifelines()
         self._started: dict[int, Started] = {}
         self._arrived_at: dict[int, float] = {}
-        self._pulled_at: dict[int, float] = {}
         self._ticking = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping: asyncio.Task[None] | None = None
@@ -121,11 +112,9 @@ class SplitCoordinator:
         Threads still at work when Ray's own part of the process is taken down can corrupt its
         memory, and leave behind a process that writes one stack trace after the other.
         """
-        if self._pump is not None:
-            self._pump.stop()
+        self._distribution.stop()
         self._guard.close()
-        if self._pump is not None:
-            self._pump.join()
+        self._distribution.join()
 
     async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
         """Keep what the dataset refers to, as long as this process lives."""
@@ -217,28 +206,13 @@ class SplitCoordinator:
         if epoch > self._epochs.epoch:
             return Rejoin()
         self._acknowledge(split, epoch, stream, progress, counters)
-        log = self._ledger.logs[split]
-        begin = log.first_seq if cursor is None else cursor
-        while begin >= log.next_seq and not self._ledger.exhausted(split):
-            self._wake(split)
-            waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
-            self._pulled_at[split] = self._tick()
-            await waiting
-            if self._pulls.get(split) is not waiting:
-                return Delivery(begin, (), end=False)
-            del self._pulls[split], self._pulled_at[split]
+        delivery = self._distribution.read(split, cursor)
+        while not (delivery.slices or delivery.end):
+            if not await self._distribution.news(split, self._tick()):
+                break
             self._check_stream(split, epoch, stream)
-            begin = log.first_seq if cursor is None else cursor
-        leases = log.read(begin, max_leases=MAX_SLICES)
-        slices = tuple(
-            Slice(part.block, part.start, part.stop, part.size_bytes)  # type: ignore[arg-type]
-            for _, part, _ in leases
-        )
-        end = begin + len(slices) == log.next_seq and self._ledger.exhausted(split)
-        if cursor is not None:
-            return Delivery(begin, slices, end)
-        skipped = tuple(log.skipped) if log.shuffle else ()
-        return Delivery(begin, slices, end, log.skip_rows, log.check, skipped)
+            delivery = self._distribution.read(split, cursor)
+        return delivery
 
     @replies
     async def acknowledge(
@@ -260,7 +234,7 @@ class SplitCoordinator:
         stream = Stream(*stream)
         self._state.update(split, stream.consumer, counters)
         if self._epochs.active.get(split) == stream and self._epochs.phase is Phase.RUNNING:
-            self._ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
+            self._distribution.acknowledge(split, Progress(*progress))
         self._leave(split, stream)
         if self._stopping is not None:
             # Who leaves early, and last, goes on when nothing is produced any more.
@@ -296,8 +270,8 @@ class SplitCoordinator:
             missing=self._epochs.missing,
             reading=sorted(self._epochs.active),
             executing=self._guard.active,
-            held_bytes=self._ledger.held_bytes,
-            committed_rows=[log.committed_rows for log in self._ledger.logs],
+            held_bytes=self._distribution.ledger.held_bytes,
+            committed_rows=[log.committed_rows for log in self._distribution.ledger.logs],
             schema_requests=dict(self._state.schema_requests),
         )
 
@@ -310,14 +284,12 @@ class SplitCoordinator:
     async def shutdown_executor(self) -> None:
         """Stop executing: whoever waits gets `StreamClosedError`, and no epoch starts any more."""
         self._shut = True
-        closed = Failure.of(
-            StreamClosedError("the split was shut down; create a new one to iterate again")
-        )
+        closed = StreamClosedError("the split was shut down; create a new one to iterate again")
         self._fail(closed)
         for split, stream in tuple(self._epochs.arrived.items()):
             self._epochs.leave(split, stream)
         for opening in self._openings.values():
-            _reject(opening, closed.unpack())
+            _reject(opening, closed)
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
         await self._guard.stop()
@@ -334,34 +306,28 @@ class SplitCoordinator:
     async def _run_epoch(self, epoch: int, resume: Mapping[int, Position]) -> None:
         """Start the executor for an epoch whose barrier has opened, and let everybody in."""
         openings = {split: self._openings[split] for split in self._epochs.active}
-        self._ledger = self._new_ledger(resume)
-        self._replays = []
+        distribution = self._distribution = self._new_distribution(resume)
         try:
             repeatable = self._keeps_order and self._options.routing == "rows"
             self._earlier = read_before(resume, self._n, epoch, repeatable=repeatable)
-            self._replays = [Replay(splits, equal=self._equal) for splits in self._earlier]
+            distribution.replay(Replay(splits, equal=self._equal) for splits in self._earlier)
             execution = await self._guard.start(epoch)
         except Exception as raised:  # the consumers get it, whatever it is
             error = engine.unwrap(raised)
             for opening in openings.values():
                 _reject(opening, error)
             if self._is_starting(epoch):
-                self._fail(Failure.of(error))
+                self._fail(error)
             return
         if not self._is_starting(epoch):
             return  # given up meanwhile: the guard stops the executor next
-        self._pump = Pump(
-            execution,
-            functools.partial(self._deliver, epoch),
-            name=f"asyncsplit-pump-{epoch}",
-        )
         self._epochs.started()
         for split in set(range(self._n)) - {*self._epochs.active, *resume}:
-            self._ledger.leave(split)  # closed while the executor was starting
+            distribution.ledger.leave(split)  # closed while the executor was starting
         for split in openings:
             position = resume.get(split, Position(epoch))
             if not position.rows:
-                self._ledger.logs[split].shuffle = self._shuffles[split]
+                distribution.ledger.logs[split].shuffle = self._shuffles[split]
             self._started[split] = Started(
                 epoch, self._prefetch_bytes, position.rows, position.shuffle, self._earlier
             )
@@ -369,43 +335,11 @@ class SplitCoordinator:
             # Not as they were before the start: who replaced a dead one may have its own.
             if not self._openings[split].done():
                 self._openings[split].set_result(self._started[split])
-        self._settle()
+        distribution.start(execution, name=f"asyncsplit-pump-{epoch}")
         self._end_if_all_left()
 
     def _is_starting(self, epoch: int) -> bool:
         return epoch == self._epochs.epoch and self._epochs.phase is Phase.STARTING
-
-    def _deliver(self, epoch: int, bundles: list[engine.Bundle], end: BaseException | None) -> None:
-        """Take what the pump brings: on the loop, between two awaits of everything else."""
-        if epoch != self._epochs.epoch or self._epochs.phase is not Phase.RUNNING:
-            return
-        for bundle in bundles:
-            self._guard.observe(bundle.schema)
-        try:
-            self._produce(
-                Part(block.ref, block.start, block.stop, block.size_bytes, block.node_id)
-                for bundle in bundles
-                for block in bundle.blocks
-                if block.stop > block.start
-            )
-            if isinstance(end, StopIteration):
-                while self._replays:
-                    self._produce(self._replays.pop(0).finish())
-        except StateMismatchError as error:
-            self._fail(Failure.of(error))
-            return
-        if isinstance(end, StopIteration):
-            self._ledger.finish()
-            self._guard.exhausted()
-        elif end is not None:
-            self._fail(Failure.of(engine.unwrap(end)))
-            return
-        self._settle()
-
-    def _produce(self, parts: Iterable[Part]) -> None:
-        for replay in self._replays:
-            parts = replay.rest(parts)
-        self._ledger.produce(parts)
 
     def _acknowledge(
         self,
@@ -418,32 +352,12 @@ class SplitCoordinator:
         self._check_stream(split, epoch, stream)
         self._liveness.hear(split, self._tick())
         self._state.update(split, stream.consumer, counters)
-        progress = Progress(*progress)
-        self._ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
-        self._settle()
+        self._distribution.acknowledge(split, Progress(*progress))
 
     def _check_stream(self, split: int, epoch: int, stream: Stream) -> None:
         if self._failed is not None and self._failed[0] == epoch:
             raise self._failed[1].unpack()
         self._epochs.check(split, epoch, stream)
-
-    def _settle(self) -> None:
-        """Assign what can be assigned, wake who got something, and renew the pump's credit."""
-        try:
-            got = self._ledger.route()
-        except StateMismatchError as error:
-            self._fail(Failure.of(error))
-            return
-        for split in got.union(filter(self._ledger.exhausted, self._pulls)):
-            self._wake(split)
-        if self._pump is not None:
-            self._pump.allow(self._ledger.credit())
-            self._guard.report_consumer_bytes(self._ledger.held_bytes)
-
-    def _wake(self, split: int) -> None:
-        waiting = self._pulls.get(split)
-        if waiting is not None and not waiting.done():
-            waiting.set_result(None)
 
     async def _wait_for_verdict(self, split: int, stream: Stream) -> None:
         """Give the news that a split's consumer has died the time it takes to come.
@@ -478,9 +392,7 @@ class SplitCoordinator:
 
     def _take_over(self, split: int, shuffle: ShuffleKey | None) -> Started:
         """Let a new consumer go on where one died."""
-        self._ledger.rewind(split, shuffle)
-        log = self._ledger.logs[split]
-        self._settle()
+        log = self._distribution.take_over(split, shuffle)
         return Started(
             self._epochs.epoch,
             self._prefetch_bytes,
@@ -502,16 +414,16 @@ class SplitCoordinator:
         if not (self._epochs.active or self._epochs.arrived):
             return
         now = self._tick()
-        if self._pump is not None and not self._pump.wanting:
+        if self._distribution.paused:
             self._guard.excuse_pause()
         barrier = [self._arrived_at[split] for split in self._epochs.arrived]
-        pulls = [self._pulled_at[split] for split in self._pulls if split in self._pulled_at]
+        pulls = self._distribution.waiting_since
         blockers = set(self._epochs.missing if barrier else ())
         if pulls and self._epochs.phase is Phase.RUNNING:
-            blockers.update(self._ledger.blockers())
+            blockers.update(self._distribution.ledger.blockers())
         elif not barrier and all(map(self._liveness.is_dead, self._epochs.active)):
             blockers.update(self._epochs.active)
-        since = min((*barrier, *pulls), default=now) if blockers else None
+        since = min((*barrier, *pulls.values()), default=now) if blockers else None
         if since is None:
             return
         if lost := self._liveness.lost(blockers, since, now):
@@ -520,7 +432,7 @@ class SplitCoordinator:
             logger.warning(
                 "splits %s wait in epoch %d: %s. They give up after barrier_timeout_s=%s, or"
                 " rejoin_timeout_s=%s for a dead consumer",
-                sorted({*self._epochs.arrived, *self._pulls}),
+                sorted({*self._epochs.arrived, *pulls}),
                 self._epochs.epoch,
                 warning,
                 self._options.barrier_timeout_s,
@@ -539,7 +451,7 @@ class SplitCoordinator:
             self._epochs.leave(split, stream)
             self._lifelines.release(stream)
             _reject(self._openings[split], error)
-        self._fail(Failure.of(error))
+        self._fail(error)
 
     def _leave(self, split: int, stream: Stream) -> None:
         """Let a stream go, and end the epoch when it was the last."""
@@ -552,41 +464,34 @@ class SplitCoordinator:
         if (waited or running) and opening is not None:
             _reject(opening, StreamClosedError("the stream was closed before its epoch began"))
         if running and self._epochs.phase is Phase.RUNNING:
-            self._ledger.leave(split)
-            self._wake(split)
-            self._settle()
+            self._distribution.leave(split)
             self._end_if_all_left()
 
     def _end_if_all_left(self) -> None:
         if self._epochs.phase is Phase.RUNNING and not self._epochs.active:
-            self._end_epoch("completed" if self._ledger.finished else "stopped")
+            self._end_epoch("completed" if self._distribution.ledger.finished else "stopped")
 
-    def _fail(self, failure: Failure) -> None:
+    def _fail(self, error: BaseException) -> None:
         """End the epoch under way for everybody with an error."""
         if self._epochs.phase is Phase.STARTING:
             for split in self._epochs.active:
-                _reject(self._openings[split], failure.unpack())
+                _reject(self._openings[split], error)
         if self._epochs.phase is not Phase.WAITING:
-            self._failed = (self._epochs.epoch, failure, tuple(self._epochs.active.values()))
+            streams = tuple(self._epochs.active.values())
+            self._failed = (self._epochs.epoch, Failure.of(error), streams)
             self._end_epoch("failed")
 
     def _end_epoch(self, outcome: str) -> None:
         """Let the blocks go, stop the executor, and begin the next epoch if all wait for it."""
         self._state.epochs[outcome] += 1
-        self._state.truncated_rows += self._ledger.truncated_rows
+        self._state.truncated_rows += self._distribution.ledger.truncated_rows
         for split, stream in self._epochs.active.items():
             self._lifelines.release(stream)
             self._liveness.forget(split)
         self._epochs.over()
-        self._ledger = self._new_ledger()
-        for split in tuple(self._pulls):
-            self._wake(split)
-        if self._pump is None:
-            stopping = self._spawn(self._guard.stop())
-        else:
-            self._pump.stop()
-            stopping = self._spawn(self._guard.stop(self._pump.join))
-            self._pump = None
+        ended, self._distribution = self._distribution, self._new_distribution()
+        ended.stop()
+        stopping = self._spawn(self._guard.stop(ended.join))
         self._stopping = None if outcome == "completed" else stopping
         self._open_if_ready()
 
@@ -596,8 +501,9 @@ class SplitCoordinator:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _new_ledger(self, resume: Mapping[int, Position] | None = None) -> Ledger:
+    def _new_distribution(self, resume: Mapping[int, Position] | None = None) -> Distribution:
         router = make_router(
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
-        return Ledger(self._n, router, self._options.prefetch_bytes, resume)
+        ledger = Ledger(self._n, router, self._options.prefetch_bytes, resume)
+        return Distribution(ledger, self._guard, self._fail)

@@ -48,7 +48,7 @@ class Oracle:
     def step(self) -> None:
         """Look at the coordinator; between two steps of its loop everything must hold."""
         self.steps += 1
-        now = self.coordinator._ledger
+        now = self.coordinator._distribution.ledger
         epochs = self.coordinator._epochs
         if now is not self._ledger:
             if self._ran:
@@ -64,7 +64,7 @@ class Oracle:
         if epochs.phase is Phase.RUNNING:
             assert epochs.epoch == self._epoch
             self._ran = True
-            pump = self.coordinator._pump
+            pump = self.coordinator._distribution._pump
             assert pump is not None
             assert isinstance(pump._thread, PumpThread)
             assert pump._thread.execution.epoch == epochs.epoch, "an epoch runs on its own"
@@ -168,5 +168,5 @@ class Oracle:
         self.taken_over += 1
         share = self.share(self._epoch, split)
         # A bundle may be on its way that was allowed before.
-        leased = self.coordinator._ledger.logs[split].leased_bytes
+        leased = self.coordinator._distribution.ledger.logs[split].leased_bytes
         share.bound_bytes = leased + self.dataset.largest_bundle_bytes

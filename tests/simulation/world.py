@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import asyncsplit.coordinator
+import asyncsplit.distribution
 import asyncsplit.feed
 import asyncsplit.guard
 import asyncsplit.pump
@@ -208,7 +209,7 @@ class World:
         """Return where everybody is."""
         coordinator = self.coordinator
         return (
-            f"{coordinator._epochs} pulls={coordinator._pulls}"
+            f"{coordinator._epochs} pulls={coordinator._distribution._pulls}"
             f" openings={coordinator._openings} calls={self.network.parked()}"
         )
 
@@ -407,7 +408,7 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.stream, "perf_counter", _now)
         put(asyncsplit.coordinator, "time", SimpleNamespace(monotonic=_now))
         put(asyncsplit.coordinator, "unpack", itemgetter(0))
-        put(asyncsplit.coordinator, "MAX_SLICES", 3)
+        put(asyncsplit.distribution, "MAX_SLICES", 3)
         put(asyncsplit.pump, "threading", fakes.PUMP_THREADING)
         put(asyncsplit.guard, "gc", SimpleNamespace(collect=lambda: 0))  # it takes real time
         logger = logging.getLogger("asyncsplit")

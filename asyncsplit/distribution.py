@@ -1,0 +1,156 @@
+"""Distribution: one epoch's blocks on their way from the pump to the pulls that wait for them.
+
+Which split gets what, and what is acknowledged, is decided by the ledger; this class feeds it
+with what the executor puts out, wakes the pulls that something came for, and lets the pump take
+as much as there is room for.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+from asyncsplit import engine
+from asyncsplit.core.ledger import Ledger, SplitLog
+from asyncsplit.core.replay import Replay
+from asyncsplit.core.routing import Part
+from asyncsplit.core.shuffle import ShuffleKey
+from asyncsplit.errors import StateMismatchError
+from asyncsplit.guard import Guard
+from asyncsplit.pump import Pump
+from asyncsplit.wire import Delivery, Progress, Slice
+
+MAX_SLICES = 256
+"""Slices in one reply. More would hold the loop, at 50 microseconds each, too long."""
+
+
+class Distribution:
+    """The ledger of one epoch, what fills it and who waits for it."""
+
+    def __init__(self, ledger: Ledger, guard: Guard, fail: Callable[[BaseException], None]) -> None:
+        """Prepare to distribute; ``fail`` is told what ends the epoch for everybody."""
+        self.ledger = ledger
+        self.waiting_since: dict[int, float] = {}
+        """When the pulls began that wait now, by split."""
+        self._guard = guard
+        self._fail = fail
+        self._pump: Pump | None = None
+        self._replays: list[Replay] = []
+        self._pulls: dict[int, asyncio.Future[None]] = {}
+
+    def replay(self, replays: Iterable[Replay]) -> None:
+        """Leave out what earlier runs with other numbers of splits have read."""
+        self._replays = list(replays)
+
+    def start(self, execution: engine.Execution, name: str) -> None:
+        """Begin to take blocks from an execution, on a thread of that name."""
+        self._pump = Pump(execution, self._receive, name)
+        self._settle()
+
+    @property
+    def paused(self) -> bool:
+        """Whether it is the consumers who keep the execution from going on."""
+        return self._pump is not None and not self._pump.wanting
+
+    def stop(self) -> None:
+        """Take no more blocks, and send all pulls home."""
+        if self._pump is not None:
+            self._pump.stop()
+        for split in self._pulls:
+            self._wake(split)
+
+    def join(self) -> None:
+        """Block until the execution is used no more: soon after `stop` and its shutdown."""
+        if self._pump is not None:
+            self._pump.join()
+
+    def read(self, split: int, cursor: int | None) -> Delivery:
+        """Return the slices there are from ``cursor`` on.
+
+        Without a cursor they are those from the first row that is not committed.
+        """
+        log = self.ledger.logs[split]
+        begin = log.first_seq if cursor is None else cursor
+        slices = tuple(
+            Slice(part.block, part.start, part.stop, part.size_bytes)  # type: ignore[arg-type]
+            for _, part, _ in log.read(begin, max_leases=MAX_SLICES)
+        )
+        end = begin + len(slices) == log.next_seq and self.ledger.exhausted(split)
+        if cursor is not None:
+            return Delivery(begin, slices, end)
+        skipped = tuple(log.skipped) if log.shuffle else ()
+        return Delivery(begin, slices, end, log.skip_rows, log.check, skipped)
+
+    async def news(self, split: int, now: float) -> bool:
+        """Return when it is worth reading the split again; False for whom a newer pull replaces."""
+        self._wake(split)
+        waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
+        self.waiting_since[split] = now
+        await waiting
+        if self._pulls.get(split) is not waiting:
+            return False
+        del self._pulls[split], self.waiting_since[split]
+        return True
+
+    def acknowledge(self, split: int, progress: Progress) -> None:
+        """Commit what a consumer has finished with, and fill the room it has made."""
+        self.ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
+        self._settle()
+
+    def take_over(self, split: int, shuffle: ShuffleKey | None) -> SplitLog:
+        """Let a new consumer begin where a split's dead one had come to."""
+        self.ledger.rewind(split, shuffle)
+        self._settle()
+        return self.ledger.logs[split]
+
+    def leave(self, split: int) -> None:
+        """Let a split's consumer go: it takes no more."""
+        self.ledger.leave(split)
+        self._wake(split)
+        self._settle()
+
+    def _receive(self, bundles: list[engine.Bundle], end: BaseException | None) -> None:
+        """Take what the pump brings: on the loop, between two awaits of everything else."""
+        for bundle in bundles:
+            self._guard.observe(bundle.schema)
+        try:
+            self._produce(
+                Part(block.ref, block.start, block.stop, block.size_bytes, block.node_id)
+                for bundle in bundles
+                for block in bundle.blocks
+                if block.stop > block.start
+            )
+            if isinstance(end, StopIteration):
+                while self._replays:
+                    self._produce(self._replays.pop(0).finish())
+        except StateMismatchError as error:
+            self._fail(error)
+            return
+        if isinstance(end, StopIteration):
+            self.ledger.finish()
+            self._guard.exhausted()
+        elif end is not None:
+            self._fail(engine.unwrap(end))
+            return
+        self._settle()
+
+    def _produce(self, parts: Iterable[Part]) -> None:
+        for replay in self._replays:
+            parts = replay.rest(parts)
+        self.ledger.produce(parts)
+
+    def _settle(self) -> None:
+        """Assign what can be assigned, wake who got something, and renew the pump's credit."""
+        try:
+            got = self.ledger.route()
+        except StateMismatchError as error:
+            self._fail(error)
+            return
+        for split in got.union(filter(self.ledger.exhausted, self._pulls)):
+            self._wake(split)
+        if self._pump is not None:
+            self._pump.allow(self.ledger.credit())
+            self._guard.report_consumer_bytes(self.ledger.held_bytes)
+
+    def _wake(self, split: int) -> None:
+        waiting = self._pulls.get(split)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
