@@ -11,9 +11,9 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ray import ObjectRef
 from ray.data import DataContext, Dataset, Schema
@@ -29,6 +29,7 @@ from asyncsplit.distribution import Distribution
 from asyncsplit.errors import (
     ConsumerConflictError,
     ConsumerLostError,
+    StateMismatchError,
     StreamClosedError,
 )
 from asyncsplit.guard import DuringExecution, Guard
@@ -62,6 +63,13 @@ def _reject(opening: "asyncio.Future[Started]", error: BaseException) -> None:
         opening.exception()  # the consumer may have left: that nobody looks is no news
 
 
+class _Next(NamedTuple):
+    """An epoch that is started before its barrier opens."""
+
+    distribution: Distribution
+    starting: "asyncio.Task[None]"
+
+
 class SplitCoordinator:
     """Coordinates the consumers of one dataset's splits."""
 
@@ -91,6 +99,7 @@ class SplitCoordinator:
         self._guard = Guard(dataset, blocking, self._state)
         self._epochs = Epochs(n)
         self._distribution = self._new_distribution()
+        self._next: _Next | None = None
         self._openings: dict[int, asyncio.Future[Started]] = {}
         self._shuffles: dict[int, ShuffleKey | None] = {}
         self._earlier: tuple[tuple[Past, ...], ...] = ()
@@ -112,9 +121,10 @@ class SplitCoordinator:
         Threads still at work when Ray's own part of the process is taken down can corrupt its
         memory, and leave behind a process that writes one stack trace after the other.
         """
-        self._distribution.stop()
+        joins = [distribution.stop() for distribution in self._distributions]
         self._guard.close()
-        self._distribution.join()
+        for join in joins:
+            join()
 
     async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
         """Keep what the dataset refers to, as long as this process lives."""
@@ -270,7 +280,7 @@ class SplitCoordinator:
             missing=self._epochs.missing,
             reading=sorted(self._epochs.active),
             executing=self._guard.active,
-            held_bytes=self._distribution.ledger.held_bytes,
+            held_bytes=sum(each.ledger.held_bytes for each in self._distributions),
             committed_rows=[log.committed_rows for log in self._distribution.ledger.logs],
             schema_requests=dict(self._state.schema_requests),
         )
@@ -292,7 +302,12 @@ class SplitCoordinator:
             _reject(opening, closed)
         if self._stopping is not None:
             await asyncio.shield(self._stopping)
-        await self._guard.stop()
+        await self._guard.stop(self._drop_next())
+
+    @property
+    def _distributions(self) -> list[Distribution]:
+        """The epoch's that is under way, and the next one's if it was started."""
+        return [self._distribution, *([self._next.distribution] if self._next else ())]
 
     def _check_open(self) -> None:
         if self._shut:
@@ -306,18 +321,22 @@ class SplitCoordinator:
     async def _run_epoch(self, epoch: int, resume: Mapping[int, Position]) -> None:
         """Start the executor for an epoch whose barrier has opened, and let everybody in."""
         openings = {split: self._openings[split] for split in self._epochs.active}
-        distribution = self._distribution = self._new_distribution(resume)
+        prepared, self._next = self._next, None
+        distribution = prepared.distribution if prepared else self._new_distribution(resume)
+        self._distribution = distribution
         try:
             repeatable = self._keeps_order and self._options.routing == "rows"
             self._earlier = read_before(resume, self._n, epoch, repeatable=repeatable)
+        except StateMismatchError as error:
+            distribution.error = error
+        else:
             distribution.replay(Replay(splits, equal=self._equal) for splits in self._earlier)
-            execution = await self._guard.start(epoch)
-        except Exception as raised:  # the consumers get it, whatever it is
-            error = engine.unwrap(raised)
+            await (prepared.starting if prepared else self._start(distribution, epoch))
+        if distribution.error is not None:
             for opening in openings.values():
-                _reject(opening, error)
+                _reject(opening, distribution.error)
             if self._is_starting(epoch):
-                self._fail(error)
+                self._fail(distribution.error)
             return
         if not self._is_starting(epoch):
             return  # given up meanwhile: the guard stops the executor next
@@ -335,8 +354,39 @@ class SplitCoordinator:
             # Not as they were before the start: who replaced a dead one may have its own.
             if not self._openings[split].done():
                 self._openings[split].set_result(self._started[split])
-        distribution.start(execution, name=f"asyncsplit-pump-{epoch}")
+        if distribution.ledger.finished:
+            self._start_next()
         self._end_if_all_left()
+
+    async def _start(self, distribution: Distribution, epoch: int) -> None:
+        """Start the executor for an epoch; what keeps it from starting is noted as its error."""
+        try:
+            execution = await self._guard.start(epoch)
+        except Exception as error:  # the consumers get it, whatever it is
+            distribution.error = engine.unwrap(error)
+        else:
+            distribution.start(execution, name=f"asyncsplit-pump-{epoch}")
+
+    def _start_next(self) -> None:
+        """Start the next epoch before all have arrived, if it is known that there is one."""
+        epoch = self._epochs.epoch + 1
+        if self._next is None and not self._shut and epoch < (self._options.epochs or 0):
+            distribution = self._new_distribution()
+            self._next = _Next(distribution, self._spawn(self._start(distribution, epoch)))
+
+    def _drop_next(self) -> Callable[[], None]:
+        """Give up an epoch started before its time; return what blocks until its thread ends."""
+        dropped, self._next = self._next, None
+        return dropped.distribution.stop() if dropped else lambda: None
+
+    def _distribution_ended(self, distribution: Distribution) -> None:
+        """Start the next epoch, or fail; of one started ahead, that is seen to when it begins."""
+        if distribution is not self._distribution:
+            return
+        if distribution.error is not None:
+            self._fail(distribution.error)
+        elif self._epochs.phase is Phase.RUNNING:
+            self._start_next()
 
     def _is_starting(self, epoch: int) -> bool:
         return epoch == self._epochs.epoch and self._epochs.phase is Phase.STARTING
@@ -411,10 +461,10 @@ class SplitCoordinator:
     def _look_after_waits(self) -> None:
         """Warn of waits that take long, and end those that have taken too long."""
         self._ticking = False
-        if not (self._epochs.active or self._epochs.arrived):
+        if not (self._epochs.active or self._epochs.arrived or self._next):
             return
         now = self._tick()
-        if self._distribution.paused:
+        if self._distributions[-1].paused:
             self._guard.excuse_pause()
         barrier = [self._arrived_at[split] for split in self._epochs.arrived]
         pulls = self._distribution.waiting_since
@@ -489,10 +539,13 @@ class SplitCoordinator:
             self._lifelines.release(stream)
             self._liveness.forget(split)
         self._epochs.over()
-        ended, self._distribution = self._distribution, self._new_distribution()
-        ended.stop()
-        stopping = self._spawn(self._guard.stop(ended.join))
-        self._stopping = None if outcome == "completed" else stopping
+        join = self._distribution.stop()
+        self._distribution = self._new_distribution()
+        self._stopping = None
+        if outcome != "completed":
+            self._stopping = self._spawn(self._guard.stop(join, self._drop_next()))
+        elif self._next is None:
+            self._spawn(self._guard.stop(join))
         self._open_if_ready()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -506,4 +559,4 @@ class SplitCoordinator:
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
         ledger = Ledger(self._n, router, self._options.prefetch_bytes, resume)
-        return Distribution(ledger, self._guard, self._fail)
+        return Distribution(ledger, self._guard, self._distribution_ended)

@@ -25,14 +25,22 @@ MAX_SLICES = 256
 class Distribution:
     """The ledger of one epoch, what fills it and who waits for it."""
 
-    def __init__(self, ledger: Ledger, guard: Guard, fail: Callable[[BaseException], None]) -> None:
-        """Prepare to distribute; ``fail`` is told what ends the epoch for everybody."""
+    def __init__(
+        self, ledger: Ledger, guard: Guard, ended: "Callable[[Distribution], None]"
+    ) -> None:
+        """Prepare to distribute; ``ended`` is called when nothing more comes, whatever the reason.
+
+        It is called once: with `error` set, or when the dataset is exhausted.
+        """
         self.ledger = ledger
+        self.error: BaseException | None = None
+        """What ends the epoch for everybody."""
         self.waiting_since: dict[int, float] = {}
         """When the pulls began that wait now, by split."""
         self._guard = guard
-        self._fail = fail
+        self._ended = ended
         self._pump: Pump | None = None
+        self._stopped = False
         self._replays: list[Replay] = []
         self._pulls: dict[int, asyncio.Future[None]] = {}
 
@@ -41,7 +49,9 @@ class Distribution:
         self._replays = list(replays)
 
     def start(self, execution: engine.Execution, name: str) -> None:
-        """Begin to take blocks from an execution, on a thread of that name."""
+        """Begin to take blocks from an execution, on a thread of that name; not after `stop`."""
+        if self._stopped:
+            return
         self._pump = Pump(execution, self._receive, name)
         self._settle()
 
@@ -50,17 +60,22 @@ class Distribution:
         """Whether it is the consumers who keep the execution from going on."""
         return self._pump is not None and not self._pump.wanting
 
-    def stop(self) -> None:
-        """Take no more blocks, and send all pulls home."""
-        if self._pump is not None:
-            self._pump.stop()
+    def stop(self) -> Callable[[], None]:
+        """Take no more blocks, and send all pulls home.
+
+        Returns:
+            What blocks until the execution is used no more: soon after its shutdown.
+        """
+        self._stopped = True
         for split in self._pulls:
             self._wake(split)
-
-    def join(self) -> None:
-        """Block until the execution is used no more: soon after `stop` and its shutdown."""
-        if self._pump is not None:
-            self._pump.join()
+        # The pump holds this object: were it held in turn, blocks would be kept until the garbage
+        # is collected.
+        pump, self._pump = self._pump, None
+        if pump is None:
+            return lambda: None
+        pump.stop()
+        return pump.join
 
     def read(self, split: int, cursor: int | None) -> Delivery:
         """Return the slices there are from ``cursor`` on.
@@ -131,6 +146,8 @@ class Distribution:
             self._fail(engine.unwrap(end))
             return
         self._settle()
+        if self.ledger.finished and self.error is None:
+            self._ended(self)
 
     def _produce(self, parts: Iterable[Part]) -> None:
         for replay in self._replays:
@@ -146,9 +163,13 @@ class Distribution:
             return
         for split in got.union(filter(self.ledger.exhausted, self._pulls)):
             self._wake(split)
-        if self._pump is not None:
+        if self._pump is not None and not self.ledger.finished:
             self._pump.allow(self.ledger.credit())
             self._guard.report_consumer_bytes(self.ledger.held_bytes)
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = error
+        self._ended(self)
 
     def _wake(self, split: int) -> None:
         waiting = self._pulls.get(split)

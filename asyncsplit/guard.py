@@ -118,10 +118,10 @@ class Guard:
         """Note that the executor has delivered everything and is no longer running."""
         self._ended()
 
-    async def stop(self, settle: Callable[[], None] = lambda: None) -> None:
+    async def stop(self, *settle: Callable[[], None]) -> None:
         """Shut the running executor down, if there is one, and let go of its blocks.
 
-        ``settle`` blocks until nobody else uses the execution any more.
+        Each of ``settle`` blocks until somebody else uses the execution no more.
         """
         async with self._held():
             if self._execution is not None:
@@ -130,7 +130,8 @@ class Guard:
                 # One that is stopped early keeps blocks nobody took, and is full of cycles.
                 self._stats = await self._blocking(self._execution.stats)
                 self._execution = None
-                await self._blocking(settle)
+                for each in settle:
+                    await self._blocking(each)
                 await self._blocking(gc.collect)
             self._ended()
 

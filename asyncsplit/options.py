@@ -51,6 +51,12 @@ class SplitOptions:
     """How often Ray starts the coordinator anew if its process dies. An epoch goes on where it
     was if the dataset preserves order; else its consumers get `CoordinatorLostError`."""
 
+    epochs: int | None = None
+    """How many epochs there will be, if that is known. The executor then starts on the next one as
+    soon as it is through with the last, so that blocks are there when all have arrived. They
+    take as much memory as those still being read, `prefetch_bytes` for each split. A further
+    epoch is no error: it starts when all have arrived, as all do with None."""
+
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     """Where the figures go."""
 
@@ -74,6 +80,13 @@ class SplitOptions:
                 f"SplitOptions.prefetch_bytes={self.prefetch_bytes} must be 1 or more; one block"
                 " is always let through, so 1 means one block at a time"
             )
+        if self.epochs is not None:
+            if not isinstance(self.epochs, int) or isinstance(self.epochs, bool):
+                raise TypeError(f"SplitOptions.epochs={self.epochs!r} must be an int, or None")
+            if self.epochs < 1:
+                raise ValueError(
+                    f"SplitOptions.epochs={self.epochs} must be 1 or more, or None if not known"
+                )
         for name in ("barrier_timeout_s", "rejoin_timeout_s"):
             seconds = getattr(self, name)
             if seconds is None:

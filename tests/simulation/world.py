@@ -73,6 +73,8 @@ class Plan:
     slow_start_s: float
     impatient: bool
     shut_down_after_s: float | None
+    ahead: bool
+    """Whether the coordinator knows how many epochs there are, and starts them ahead."""
 
     @classmethod
     def of(cls, random: random.Random, later: random.Random) -> "Plan":
@@ -117,6 +119,7 @@ class Plan:
             impatient=random.random() < 0.2,
             shut_down_after_s=seldom(random.uniform(0.0, 5.0), None, 0.1),
             impatience=0.3 if later.random() < 0.3 else 0.0,
+            ahead=later.random() < 0.3,
         )
 
 
@@ -144,6 +147,7 @@ class World:
             prefetch_bytes=plan.budget,
             barrier_timeout_s=5.0 if plan.impatient else 1800.0,
             rejoin_timeout_s=3.0 if plan.impatient else 120.0,
+            epochs=plan.epochs if plan.ahead else None,
             telemetry=TelemetryConfig(enabled=False),
         )
         self.coordinator = SplitCoordinator(

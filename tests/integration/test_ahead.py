@@ -1,0 +1,92 @@
+"""Epochs that are started before all have arrived, because it is known that they come."""
+
+from itertools import chain
+from typing import Any
+
+import pytest
+import ray
+
+import asyncsplit
+from asyncsplit import AsyncDataIterator, SplitOptions
+from tests.integration.consume import eventually, read, read_epoch, stopped
+
+pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
+
+
+def splits(n: int, epochs: int, **options: Any) -> list[AsyncDataIterator]:
+    dataset = ray.data.range(1000, override_num_blocks=10)
+    return asyncsplit.streaming_split(dataset, n, options=SplitOptions(epochs=epochs, **options))
+
+
+async def has_blocks(it: AsyncDataIterator) -> bool:
+    status = await it.status()
+    return status.phase == "waiting" and status.held_bytes == 8 * 1000
+
+
+async def test_the_next_epochs_blocks_are_there_before_anybody_arrives() -> None:
+    its = splits(2, epochs=3)
+    for epoch in range(3):
+        assert sorted(chain(*await read_epoch(its))) == list(range(1000))
+        if epoch < 2:
+            await eventually(lambda: has_blocks(its[0]))
+    await eventually(lambda: stopped(its[0]))
+
+
+async def test_a_further_epoch_starts_when_all_have_arrived() -> None:
+    its = splits(2, epochs=1)
+    for _ in range(2):
+        assert sorted(chain(*await read_epoch(its))) == list(range(1000))
+        await eventually(lambda: stopped(its[0]))
+
+
+async def test_what_is_held_ahead_stays_within_the_budget() -> None:
+    its = splits(2, epochs=2, prefetch_bytes=800)
+    await read_epoch(its)
+
+    async def full() -> bool:
+        return (await its[0].status()).held_bytes >= 2 * 800
+
+    await eventually(full)
+    assert (await its[0].status()).held_bytes <= 2 * (800 + 800)
+    assert sorted(chain(*await read_epoch(its))) == list(range(1000))
+
+
+async def test_shutting_down_between_epochs_leaves_nothing() -> None:
+    its = splits(1, epochs=2)
+    await read(its[0])
+    await eventually(lambda: has_blocks(its[0]))
+    await its[0].shutdown()
+    status = await its[0].status()
+    assert (status.executing, status.held_bytes) == (False, 0)
+
+
+async def test_an_epoch_left_early_starts_none_ahead() -> None:
+    its = splits(1, epochs=2, prefetch_bytes=1)
+    async with its[0].iter_batches(batch_size=10) as stream:
+        await anext(stream)
+    await eventually(lambda: stopped(its[0]))
+    assert await read(its[0]) == list(range(1000))
+
+
+async def test_an_error_of_the_next_epoch_is_raised_there() -> None:
+    epochs = ray.remote(num_cpus=0)(Epochs).remote()
+
+    def fail_in_the_second(batch: Any) -> Any:
+        if ray.get(epochs.begun.remote()) > 1:
+            raise ValueError("spoilt")
+        return batch
+
+    dataset = ray.data.range(10, override_num_blocks=1).map_batches(fail_in_the_second)
+    (it,) = asyncsplit.streaming_split(dataset, 1, options=SplitOptions(epochs=2))
+    assert await read(it) == list(range(10))
+    with pytest.raises(ValueError, match="spoilt"):
+        await read(it)
+
+
+class Epochs:
+    def __init__(self) -> None:
+        self._begun = 0
+
+    def begun(self) -> int:
+        self._begun += 1
+        return self._begun
