@@ -533,8 +533,7 @@ class SplitCoordinator:
 
     def _end_epoch(self, outcome: str) -> None:
         """Let the blocks go, stop the executor, and begin the next epoch if all wait for it."""
-        self._state.epochs[outcome] += 1
-        self._state.truncated_rows += self._distribution.ledger.truncated_rows
+        self._state.epoch_ended(outcome)
         for split, stream in self._epochs.active.items():
             self._lifelines.release(stream)
             self._liveness.forget(split)

@@ -3,74 +3,304 @@
 ``python -m asyncsplit.telemetry.catalog > docs/metrics.md`` writes the reference.
 """
 
+import heapq
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import ray
 
 import asyncsplit
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.core.epochs import Phase
+
+if TYPE_CHECKING:  # at run time it is the state that needs the bounds
+    from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState, Histogram, SplitState
 
 MAX_SPLIT_LABELS = 64
-"""Splits that get series of their own. A scrape takes some 5 microseconds for each series, in which
-the event loop cannot run: 2 ms in all at 64 splits, 35 ms at 1,024."""
+"""Splits that get series of their own: each series takes some 5 microseconds of a scrape."""
+
+WORST = 8
+"""Splits that a gauge tells of if there are more than that."""
+
+WAIT_BOUNDS: tuple[float, ...] = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0)
+START_BOUNDS: tuple[float, ...] = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+BARRIER_BOUNDS: tuple[float, ...] = (0.01, 0.1, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 1800.0)
+EPOCH_BOUNDS: tuple[float, ...] = (
+    1.0,
+    5.0,
+    15.0,
+    60.0,
+    300.0,
+    900.0,
+    3600.0,
+    14_400.0,
+    43_200.0,
+    86_400.0,
+)
+LAG_BOUNDS: tuple[float, ...] = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1.0, 5.0)
 
 
 class Snapshot(NamedTuple):
     """What one scrape reads, so that all metrics in it tell of the same moment."""
 
-    state: CoordinatorState
-    delivered: tuple[tuple[str, ConsumerCounters], ...]
-    """Totals by value of the ``split`` label; above `MAX_SPLIT_LABELS` one, of all splits."""
+    state: "CoordinatorState"
+    now: float
+    """Seconds of `time.monotonic`."""
+    delivered: "tuple[tuple[str, Delivered], ...]"
+    """By value of the ``split`` label; above `MAX_SPLIT_LABELS` one, of all splits."""
+    total: "Delivered"
+    """Of all splits."""
 
     @classmethod
-    def of(cls, state: CoordinatorState) -> "Snapshot":
+    def of(cls, state: "CoordinatorState") -> "Snapshot":
         """Read the totals of a state that other threads go on changing."""
+        total = Delivered(
+            state.delivered,
+            sum(split.training_s for split in state.splits),
+            sum(split.conversion_s for split in state.splits),
+        )
         if len(state.splits) > MAX_SPLIT_LABELS:
             # To Prometheus an empty label is an absent one, so that sums come out alike.
-            return cls(state, (("", state.delivered),))
-        totals = ((str(split), each.total) for split, each in enumerate(state.splits))
-        return cls(state, tuple(totals))
+            return cls(state, time.monotonic(), (("", total),), total)
+        each = (
+            (str(split), Delivered(each.total, each.training_s, each.conversion_s))
+            for split, each in enumerate(state.splits)
+        )
+        return cls(state, time.monotonic(), tuple(each), total)
 
 
-Samples = Iterable[tuple[tuple[str, ...], float]]
+class Delivered(NamedTuple):
+    """What was delivered to one split, or to all."""
+
+    counters: "ConsumerCounters"
+    training_s: float
+    conversion_s: float
+
+
+class Distribution(NamedTuple):
+    """What a histogram shows: observations in each bucket, and their sum."""
+
+    counts: tuple[int, ...]
+    """One more than there are bounds; not cumulative."""
+    total: float
+
+
+Value: TypeAlias = float | Distribution
+Samples: TypeAlias = Iterable[tuple[tuple[str, ...], Value]]
 """Label values, in the order of the metric's labels, and what was counted or measured."""
+
+Board: TypeAlias = Literal["overview", "coordinator", "splits"]
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: what it is called, what it means and where its samples come from."""
+    """A metric: what it is called, what it means, where it is shown and where it comes from."""
 
     name: str
-    kind: Literal["counter", "gauge"]
-    unit: Literal["", "bytes", "seconds"]
+    kind: Literal["counter", "gauge", "histogram"]
+    unit: Literal["", "bytes", "seconds", "ratio"]
     """Empty if the name says what is counted."""
     labels: tuple[str, ...]
     help: str
+    board: Board
+    panel: str
+    """Title of the panel on that board."""
     read: Callable[[Snapshot], Samples]
+    bounds: tuple[float, ...] = ()
+    """Upper bounds of a histogram's buckets, but for the last, which has none."""
+    over_splits: Literal["sum", "max", "min"] = "sum"
+    """What makes one number of several splits'."""
 
 
-def _whole(value: Callable[[CoordinatorState], float]) -> Callable[[Snapshot], Samples]:
+def _whole(value: "Callable[[CoordinatorState], float]") -> Callable[[Snapshot], Samples]:
     return lambda snapshot: [((snapshot.state.name,), value(snapshot.state))]
 
 
+def _age(since: "Callable[[CoordinatorState], float | None]") -> Callable[[Snapshot], Samples]:
+    return lambda snapshot: [((snapshot.state.name,), _since(since(snapshot.state), snapshot.now))]
+
+
 def _keyed(
-    values: Callable[[CoordinatorState], Mapping[str, float]],
+    values: Callable[[Snapshot], Mapping[str, float]],
 ) -> Callable[[Snapshot], Samples]:
     return lambda snapshot: [
-        ((snapshot.state.name, key), value) for key, value in tuple(values(snapshot.state).items())
+        ((snapshot.state.name, key), value) for key, value in tuple(values(snapshot).items())
     ]
 
 
-def _delivered(value: Callable[[ConsumerCounters], float]) -> Callable[[Snapshot], Samples]:
+def _delivered(value: Callable[[Delivered], float]) -> Callable[[Snapshot], Samples]:
     return lambda snapshot: [
         ((snapshot.state.name, split), value(total)) for split, total in snapshot.delivered
     ]
 
 
+def _histogram(of: "Callable[[CoordinatorState], Histogram]") -> Callable[[Snapshot], Samples]:
+    def read(snapshot: Snapshot) -> Samples:
+        observed = of(snapshot.state)
+        yield (snapshot.state.name,), Distribution(tuple(observed.counts), observed.total)
+
+    return read
+
+
+def _splits(
+    values: Callable[[Snapshot], Iterable[float]],
+    pick: Callable[..., Iterable[tuple[float, int]]] = heapq.nlargest,
+) -> Callable[[Snapshot], Samples]:
+    """Read one value of each split; of many splits, the worst."""
+
+    def read(snapshot: Snapshot) -> Samples:
+        by_split = [(value, split) for split, value in enumerate(values(snapshot))]
+        if len(by_split) > MAX_SPLIT_LABELS:
+            by_split = list(pick(WORST, by_split))
+        return [((snapshot.state.name, str(split)), value) for value, split in by_split]
+
+    return read
+
+
+def _each(value: "Callable[[SplitState], float]") -> Callable[[Snapshot], Iterable[float]]:
+    return lambda snapshot: [value(split) for split in snapshot.state.splits]
+
+
+def _since(began: float | None, now: float) -> float:
+    return 0.0 if began is None else max(0.0, now - began)
+
+
+def _batch_waits(snapshot: Snapshot) -> Samples:
+    counters = snapshot.total.counters
+    ready = max(0, counters.batches - counters.waits)  # which cost a consumer nothing to count
+    first, *others = counters.waited
+    yield (snapshot.state.name,), Distribution((first + ready, *others), counters.wait_s)
+
+
+def _stalls(snapshot: Snapshot) -> dict[str, float]:
+    counters = snapshot.total.counters
+    return {
+        "barrier": counters.barrier_s,
+        "data": counters.data_s,
+        "transfer": counters.transfer_s,
+        "conversion": snapshot.total.conversion_s,
+    }
+
+
+def _arrived(state: "CoordinatorState") -> set[int]:
+    return set() if state.epochs_now is None else set(state.epochs_now.arrived)
+
+
+def _active(state: "CoordinatorState") -> set[int]:
+    return set() if state.epochs_now is None else set(state.epochs_now.active)
+
+
+def _barrier_since(state: "CoordinatorState") -> float | None:
+    return min((state.splits[split].arrived_at for split in _arrived(state)), default=None)
+
+
+def _missing(snapshot: Snapshot) -> list[float]:
+    arrived = _arrived(snapshot.state)
+    n = len(snapshot.state.splits)
+    return [float(bool(arrived) and split not in arrived) for split in range(n)]
+
+
+def _dead(snapshot: Snapshot) -> list[float]:
+    liveness = snapshot.state.liveness
+    n = len(snapshot.state.splits)
+    return [float(liveness is not None and liveness.is_dead(split)) for split in range(n)]
+
+
+def _wait_ages(snapshot: Snapshot) -> dict[str, float]:
+    state, now = snapshot.state, snapshot.now
+    starting = state.epochs_now is not None and state.epochs_now.phase is Phase.STARTING
+    pump = state.pump.value
+    pulls = (split.pulled_at for split in state.splits)
+    return {
+        "barrier": _since(_barrier_since(state), now),
+        "start": _since(state.opened_at if starting else None, now),
+        "pull": max((_since(pulled_at, now) for pulled_at in pulls), default=0.0),
+        "lock": _since(state.guard_locked_at, now),
+        "dataset": _since(pump.since if pump.blocked_on == "dataset" else None, now),
+        "consumers": _since(pump.since if pump.blocked_on == "consumers" else None, now),
+        "loop": _since(state.tick_due, now),
+    }
+
+
+def _split_waits(snapshot: Snapshot) -> Iterable[float]:
+    arrived = _arrived(snapshot.state)
+    for number, split in enumerate(snapshot.state.splits):
+        began = split.arrived_at if number in arrived else split.pulled_at
+        yield _since(began, snapshot.now)
+
+
+def _batch_ages(snapshot: Snapshot) -> Iterable[float]:
+    state = snapshot.state
+    active = _active(state) if state.is_running else set()
+    for number, split in enumerate(state.splits):
+        yield _since(split.batch_at if number in active else None, snapshot.now)
+
+
+def _silences(snapshot: Snapshot) -> Iterable[float]:
+    state = snapshot.state
+    waiting_since = _barrier_since(state)
+    arrived, active = _arrived(state), _active(state) if state.is_running else set()
+    dead = _dead(snapshot)
+    for number, split in enumerate(state.splits):
+        awaited = waiting_since is not None and number not in arrived
+        its_turn = dead[number] or awaited or (number in active and split.pulled_at is None)
+        began = waiting_since if split.heard_at is None else split.heard_at
+        yield _since(began if its_turn else None, snapshot.now)
+
+
+def _epoch_rows(snapshot: Snapshot) -> dict[str, float]:
+    ledger = snapshot.state.ledger
+    if ledger is None:
+        return dict.fromkeys(("unassigned", "leased", "committed", "truncated"), 0)
+    return {
+        "unassigned": ledger.router.unassigned_rows,
+        "leased": sum(log.leased_rows for log in ledger.logs),
+        "committed": sum(log.committed_rows for log in ledger.logs),
+        "truncated": ledger.truncated_rows,
+    }
+
+
+def _committed(state: "CoordinatorState") -> list[int]:
+    """Rows committed of each split that reads or has read the epoch to its end."""
+    ledger = state.ledger
+    if ledger is None or not state.is_running:
+        return [0] * len(state.splits)
+    furthest = max(log.committed_rows for log in ledger.logs)
+    # Who has left early is not behind.
+    return [furthest if log.left else log.committed_rows for log in ledger.logs]
+
+
+def _behind(snapshot: Snapshot) -> list[float]:
+    rows = _committed(snapshot.state)
+    furthest = max(rows, default=0)
+    return [furthest - one for one in rows]
+
+
+def _skew(state: "CoordinatorState") -> float:
+    rows = _committed(state)
+    furthest = max(rows, default=0)
+    return 1 - min(rows) / furthest if furthest else 0.0
+
+
+def _one_of(keys: Iterable[str], key: str) -> dict[str, float]:
+    return {one: float(one == key) for one in keys}
+
+
+def _phase(state: "CoordinatorState") -> str:
+    return (Phase.WAITING if state.epochs_now is None else state.epochs_now.phase).value
+
+
+def _pumped(snapshot: Snapshot) -> dict[str, float]:
+    pumped = snapshot.state.pump.value.at(snapshot.now)
+    return {"dataset": pumped.dataset_s, "consumers": pumped.consumers_s}
+
+
 _DATASET = ("dataset",)
 _SPLIT = ("dataset", "split")
+_LONG_STEP = (
+    " A training step that takes long looks the same, as consumers speak between batches only."
+)
 
 CATALOG = (
     Metric(
@@ -79,7 +309,21 @@ CATALOG = (
         "",
         ("version", "ray_version"),
         "Always 1; the labels name the versions of asyncsplit and of Ray.",
+        "coordinator",
+        "Versions",
         lambda _: [((asyncsplit.__version__, ray.__version__), 1)],
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_start_time_seconds",
+        "gauge",
+        "seconds",
+        _DATASET,
+        "When the coordinator's process began, since 1970; it changes when Ray restarts it.",
+        "coordinator",
+        "Up since",
+        _whole(lambda state: state.started_at),
+        over_splits="max",
     ),
     Metric(
         "asyncsplit_splits",
@@ -87,6 +331,8 @@ CATALOG = (
         "",
         _DATASET,
         "Splits of the dataset.",
+        "overview",
+        "Splits",
         _whole(lambda state: len(state.splits)),
     ),
     Metric(
@@ -95,7 +341,9 @@ CATALOG = (
         "",
         _SPLIT,
         "Rows handed to training loops.",
-        _delivered(lambda total: total.rows),
+        "overview",
+        "Rows per second",
+        _delivered(lambda total: total.counters.rows),
     ),
     Metric(
         "asyncsplit_batches_total",
@@ -103,7 +351,9 @@ CATALOG = (
         "",
         _SPLIT,
         "Batches handed to training loops.",
-        _delivered(lambda total: total.batches),
+        "splits",
+        "Batches per second",
+        _delivered(lambda total: total.counters.batches),
     ),
     Metric(
         "asyncsplit_blocks_total",
@@ -111,7 +361,9 @@ CATALOG = (
         "",
         _SPLIT,
         "Blocks, or parts of blocks, that consumers have begun.",
-        _delivered(lambda total: total.blocks),
+        "splits",
+        "Blocks per second",
+        _delivered(lambda total: total.counters.blocks),
     ),
     Metric(
         "asyncsplit_bytes_total",
@@ -119,7 +371,9 @@ CATALOG = (
         "bytes",
         _SPLIT,
         "Bytes of those blocks.",
-        _delivered(lambda total: total.bytes),
+        "overview",
+        "Bytes per second",
+        _delivered(lambda total: total.counters.bytes),
     ),
     Metric(
         "asyncsplit_waited_batches_total",
@@ -127,7 +381,9 @@ CATALOG = (
         "",
         _SPLIT,
         "Batches that were not ready when the training loop asked for them.",
-        _delivered(lambda total: total.waits),
+        "splits",
+        "Share of batches that were not ready",
+        _delivered(lambda total: total.counters.waits),
     ),
     Metric(
         "asyncsplit_wait_seconds_total",
@@ -135,7 +391,19 @@ CATALOG = (
         "seconds",
         _SPLIT,
         "Seconds training loops waited for batches: the data stall.",
-        _delivered(lambda total: total.wait_s),
+        "overview",
+        "Data stall",
+        _delivered(lambda total: total.counters.wait_s),
+    ),
+    Metric(
+        "asyncsplit_training_seconds_total",
+        "counter",
+        "seconds",
+        _SPLIT,
+        "Seconds training loops spent on batches, while iterating: what is not data stall.",
+        "overview",
+        "Data stall",
+        _delivered(lambda total: total.training_s),
     ),
     Metric(
         "asyncsplit_stream_seconds_total",
@@ -143,7 +411,235 @@ CATALOG = (
         "seconds",
         _SPLIT,
         "Seconds training loops spent iterating, waiting and training alike.",
-        _delivered(lambda total: total.stream_s),
+        "overview",
+        "Data stall",
+        _delivered(lambda total: total.counters.stream_s),
+    ),
+    Metric(
+        "asyncsplit_stall_seconds_total",
+        "counter",
+        "seconds",
+        ("dataset", "cause"),
+        "Seconds of data stall of all splits, by what the loops waited for: the barrier (other"
+        " splits, or the executor's start), data that the dataset had not produced or another"
+        " split's budget held back, the transfer of blocks, or their conversion into batches.",
+        "overview",
+        "Data stall by cause",
+        _keyed(_stalls),
+    ),
+    Metric(
+        "asyncsplit_batch_wait_seconds",
+        "histogram",
+        "seconds",
+        _DATASET,
+        "How long training loops waited for each batch; those that were ready are in the first"
+        " bucket.",
+        "overview",
+        "Wait per batch",
+        _batch_waits,
+        bounds=WAIT_BOUNDS,
+    ),
+    Metric(
+        "asyncsplit_split_stall_ratio",
+        "gauge",
+        "ratio",
+        _SPLIT,
+        "Share of data stall in the latest ten seconds or more that the split's consumer has"
+        " reported.",
+        "splits",
+        "Data stall by split",
+        _splits(_each(lambda split: split.stall_ratio)),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_split_ready_batches",
+        "gauge",
+        "",
+        _SPLIT,
+        "Batches in a row that were ready when the loop asked for them, at least.",
+        "splits",
+        "Ready batches in a row",
+        _splits(_each(lambda split: split.ready_batches), heapq.nsmallest),
+        over_splits="min",
+    ),
+    Metric(
+        "asyncsplit_split_batch_age_seconds",
+        "gauge",
+        "seconds",
+        _SPLIT,
+        "Seconds since the coordinator heard of a batch handed to the split's loop, or since the"
+        " epoch began; grows while the loop waits, is stuck or dead, and is 0 if the split reads no"
+        " epoch." + _LONG_STEP,
+        "splits",
+        "Seconds since the last batch",
+        _splits(_batch_ages),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_split_silence_seconds",
+        "gauge",
+        "seconds",
+        _SPLIT,
+        "Seconds since the split's consumer was heard of, while it is its turn: it reads an epoch"
+        " and has not asked for blocks it did not get, others wait for it at the barrier, or it is"
+        " dead. It is 0 while the consumer itself waits." + _LONG_STEP,
+        "splits",
+        "Silence",
+        _splits(_silences),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_split_wait_age_seconds",
+        "gauge",
+        "seconds",
+        _SPLIT,
+        "Seconds that the split's consumer has been waiting at the barrier, or a request of it for"
+        " blocks, which it makes before it needs them.",
+        "splits",
+        "Waits in progress by split",
+        _splits(_split_waits),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_split_missing",
+        "gauge",
+        "",
+        _SPLIT,
+        "1 if others wait at the barrier and this split has not arrived, else 0.",
+        "overview",
+        "Missing at the barrier",
+        _splits(_missing),
+    ),
+    Metric(
+        "asyncsplit_split_dead",
+        "gauge",
+        "",
+        _SPLIT,
+        "1 if the process of the split's consumer has died and no other has taken its place, else"
+        " 0.",
+        "splits",
+        "Dead and not replaced",
+        _splits(_dead),
+    ),
+    Metric(
+        "asyncsplit_split_waiting_bytes",
+        "gauge",
+        "bytes",
+        _SPLIT,
+        "Bytes of blocks assigned to the split that its consumer has not begun, delivered or not.",
+        "splits",
+        "Bytes waiting",
+        _splits(
+            lambda snapshot: (
+                [log.waiting_bytes for log in snapshot.state.ledger.logs]
+                if snapshot.state.ledger
+                else [0] * len(snapshot.state.splits)
+            )
+        ),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_split_prefetched_bytes",
+        "gauge",
+        "bytes",
+        _SPLIT,
+        "Those of them that the consumer had been told of when it was last heard of.",
+        "splits",
+        "Bytes waiting",
+        _splits(_each(lambda split: split.latest.backlog_bytes)),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_prefetch_budget_bytes",
+        "gauge",
+        "bytes",
+        _DATASET,
+        "Bytes that may wait for each split, and one block more.",
+        "splits",
+        "Bytes waiting",
+        _whole(lambda state: state.prefetch_bytes),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_split_behind_rows",
+        "gauge",
+        "",
+        _SPLIT,
+        "Rows of the epoch that the split has committed less than the one furthest ahead; 0 once it"
+        " has left.",
+        "splits",
+        "Rows behind",
+        _splits(_behind),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_skew_ratio",
+        "gauge",
+        "ratio",
+        _DATASET,
+        "How far the split with the fewest committed rows of the epoch is behind the one with the"
+        " most, from 0 to 1.",
+        "overview",
+        "Skew between splits",
+        _whole(_skew),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_split_loop_lag_seconds",
+        "gauge",
+        "seconds",
+        _SPLIT,
+        "The longest time for which the consumer's event loop was busy with other tasks between"
+        " two batches, in what its last message tells of. 0 for a plain `for`.",
+        "splits",
+        "Event-loop lag of consumers",
+        _splits(_each(lambda split: split.latest.lag_s)),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_wait_age_seconds",
+        "gauge",
+        "seconds",
+        ("dataset", "wait"),
+        "Age of the oldest wait in progress, 0 if there is none: of a consumer at the barrier, of"
+        " all for the executor's start, of a pull for blocks, for whoever holds the guard's lock,"
+        " of the pump for the dataset or for consumers to have room, or for the coordinator's event"
+        " loop, whose timer is overdue.",
+        "overview",
+        "Waits in progress",
+        _keyed(_wait_ages),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_barrier_arrivals_total",
+        "counter",
+        "",
+        _DATASET,
+        "Arrivals of consumers at the barrier.",
+        "coordinator",
+        "Barrier",
+        _whole(lambda state: state.arrivals),
+    ),
+    Metric(
+        "asyncsplit_barrier_missing_splits",
+        "gauge",
+        "",
+        _DATASET,
+        "Splits that others wait for at the barrier.",
+        "overview",
+        "Missing at the barrier",
+        lambda snapshot: [((snapshot.state.name,), sum(_missing(snapshot)))],
+    ),
+    Metric(
+        "asyncsplit_barrier_wait_seconds",
+        "histogram",
+        "seconds",
+        _DATASET,
+        "From the first arrival at the barrier to the last, of each epoch.",
+        "coordinator",
+        "Barrier",
+        _histogram(lambda state: state.barrier_wait),
+        bounds=BARRIER_BOUNDS,
     ),
     Metric(
         "asyncsplit_epochs_total",
@@ -151,15 +647,193 @@ CATALOG = (
         "",
         ("dataset", "outcome"),
         "Epochs ended: completed by all splits, stopped because all left it early, or failed.",
-        _keyed(lambda state: state.epochs),
+        "overview",
+        "Epochs",
+        _keyed(lambda snapshot: snapshot.state.epochs),
+    ),
+    Metric(
+        "asyncsplit_epoch",
+        "gauge",
+        "",
+        _DATASET,
+        "Number of the epoch under way, or of the last one; -1 before the first.",
+        "overview",
+        "Epochs",
+        _whole(lambda state: -1 if state.epochs_now is None else state.epochs_now.epoch),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_epoch_phase",
+        "gauge",
+        "",
+        ("dataset", "phase"),
+        "1 for what the coordinator is doing: waiting at the barrier, starting the executor, or"
+        " running an epoch.",
+        "overview",
+        "Epochs",
+        _keyed(lambda snapshot: _one_of((p.value for p in Phase), _phase(snapshot.state))),
+    ),
+    Metric(
+        "asyncsplit_epoch_age_seconds",
+        "gauge",
+        "seconds",
+        _DATASET,
+        "Seconds since the barrier of the epoch under way opened; 0 if there is none.",
+        "overview",
+        "Epochs",
+        _age(lambda state: state.opened_at),
+        over_splits="max",
+    ),
+    Metric(
+        "asyncsplit_epoch_rows",
+        "gauge",
+        "",
+        ("dataset", "state"),
+        "Rows that the dataset has produced in the epoch under way, by where they are: unassigned,"
+        " leased, committed or truncated.",
+        "overview",
+        "Rows of the epoch",
+        _keyed(_epoch_rows),
+    ),
+    Metric(
+        "asyncsplit_epoch_duration_seconds",
+        "histogram",
+        "seconds",
+        _DATASET,
+        "From the opening of an epoch's barrier to its end, whatever that was.",
+        "coordinator",
+        "Duration of epochs",
+        _histogram(lambda state: state.epoch_duration),
+        bounds=EPOCH_BOUNDS,
+    ),
+    Metric(
+        "asyncsplit_first_batch_seconds",
+        "histogram",
+        "seconds",
+        _DATASET,
+        "From the opening of an epoch's barrier to the first batch of each split.",
+        "overview",
+        "Time to the first batch",
+        _histogram(lambda state: state.first_batch),
+        bounds=START_BOUNDS,
+    ),
+    Metric(
+        "asyncsplit_executor_start_seconds",
+        "histogram",
+        "seconds",
+        _DATASET,
+        "From the opening of an epoch's barrier to the start of its executor.",
+        "coordinator",
+        "Executor",
+        _histogram(lambda state: state.executor_start),
+        bounds=START_BOUNDS,
+    ),
+    Metric(
+        "asyncsplit_executor_state",
+        "gauge",
+        "",
+        ("dataset", "state"),
+        "1 for the state of the dataset's executor: idle, starting, running or stopping.",
+        "coordinator",
+        "Executor",
+        _keyed(
+            lambda snapshot: _one_of(
+                ("idle", "starting", "running", "stopping"), snapshot.state.executor
+            )
+        ),
+    ),
+    Metric(
+        "asyncsplit_pump_blocked_seconds_total",
+        "counter",
+        "seconds",
+        ("dataset", "blocked_on"),
+        "Seconds that the pump, which takes blocks from the executor, was blocked on the dataset"
+        " (data is the bottleneck) or on consumers having room (training is). What goes on is"
+        " counted, too.",
+        "overview",
+        "Bottleneck",
+        _keyed(_pumped),
+    ),
+    Metric(
+        "asyncsplit_leased_bytes",
+        "gauge",
+        "bytes",
+        _DATASET,
+        "Bytes of blocks assigned to splits and not wholly committed.",
+        "coordinator",
+        "Bytes held",
+        _whole(lambda state: 0 if state.ledger is None else state.ledger.leased_bytes),
+    ),
+    Metric(
+        "asyncsplit_unassigned_bytes",
+        "gauge",
+        "bytes",
+        _DATASET,
+        "Bytes of blocks taken from the executor and not assigned to a split.",
+        "coordinator",
+        "Bytes held",
+        _whole(lambda state: 0 if state.ledger is None else state.ledger.router.unassigned_bytes),
     ),
     Metric(
         "asyncsplit_truncated_rows_total",
         "counter",
         "",
-        _DATASET,
+        ("dataset", "reason"),
         "Rows nobody got: left over for equal shares, or for splits that left early.",
-        _whole(lambda state: state.truncated_rows),
+        "coordinator",
+        "Truncated rows",
+        _keyed(lambda snapshot: snapshot.state.truncated_rows),
+    ),
+    Metric(
+        "asyncsplit_redelivered_rows_total",
+        "counter",
+        "",
+        _DATASET,
+        "Rows of blocks that were sent to a split again, after a loss.",
+        "coordinator",
+        "Losses",
+        _whole(lambda state: state.redelivered_rows),
+    ),
+    Metric(
+        "asyncsplit_rejoins_total",
+        "counter",
+        "",
+        ("dataset", "reason"),
+        "Consumers that went on in the middle of an epoch: in the place of one that died, or after"
+        " a restart of the coordinator.",
+        "coordinator",
+        "Losses",
+        _keyed(lambda snapshot: snapshot.state.rejoins),
+    ),
+    Metric(
+        "asyncsplit_consumer_deaths_total",
+        "counter",
+        "",
+        _DATASET,
+        "Consumers whose process died while they read an epoch or waited for one.",
+        "coordinator",
+        "Losses",
+        _whole(lambda state: state.deaths),
+    ),
+    Metric(
+        "asyncsplit_consumers_lost_total",
+        "counter",
+        "",
+        _DATASET,
+        "Consumers that others have given up waiting for.",
+        "coordinator",
+        "Losses",
+        _whole(lambda state: state.lost),
+    ),
+    Metric(
+        "asyncsplit_fenced_messages_total",
+        "counter",
+        "",
+        _DATASET,
+        "Messages refused because their epoch was over for the sender, or another had its place.",
+        "coordinator",
+        "Losses",
+        _whole(lambda state: state.fenced),
     ),
     Metric(
         "asyncsplit_consumer_conflicts_total",
@@ -167,7 +841,21 @@ CATALOG = (
         "",
         _DATASET,
         "Consumers sent away because another one held their split.",
+        "coordinator",
+        "Losses",
         _whole(lambda state: state.conflicts),
+    ),
+    Metric(
+        "asyncsplit_loop_lag_seconds",
+        "histogram",
+        "seconds",
+        _DATASET,
+        "How late the timer of the coordinator's event loop came, once a second while consumers"
+        " iterate.",
+        "coordinator",
+        "Event-loop lag",
+        _histogram(lambda state: state.loop_lag),
+        bounds=LAG_BOUNDS,
     ),
     Metric(
         "asyncsplit_iterator_size_bytes",
@@ -175,7 +863,10 @@ CATALOG = (
         "bytes",
         _DATASET,
         "Pickled size of the iterator that came to a consumer last; 0 before one came.",
+        "coordinator",
+        "Serialized iterator",
         _whole(lambda state: state.serialized_bytes),
+        over_splits="max",
     ),
     Metric(
         "asyncsplit_iterator_serialized_bytes_total",
@@ -183,6 +874,8 @@ CATALOG = (
         "bytes",
         _DATASET,
         "Bytes of all iterators that came to consumers pickled.",
+        "coordinator",
+        "Serialized iterator",
         _whole(lambda state: state.serialized_bytes_total),
     ),
     Metric(
@@ -191,6 +884,8 @@ CATALOG = (
         "",
         _DATASET,
         "Iterators that came to consumers pickled.",
+        "coordinator",
+        "Serialized iterator",
         _whole(lambda state: state.serializations),
     ),
     Metric(
@@ -200,7 +895,9 @@ CATALOG = (
         ("dataset", "result"),
         "Requests for the schema: hit in the cache, miss and computed, observed in the running"
         " epoch, or rejected because the dataset was being executed.",
-        _keyed(lambda state: state.schema_requests),
+        "coordinator",
+        "Schema cache",
+        _keyed(lambda snapshot: snapshot.state.schema_requests),
     ),
     Metric(
         "asyncsplit_guard_rejections_total",
@@ -208,14 +905,28 @@ CATALOG = (
         "",
         ("dataset", "operation"),
         "Operations rejected because they would have started a second executor.",
-        _keyed(lambda state: state.guard_rejections),
+        "coordinator",
+        "Guard",
+        _keyed(lambda snapshot: snapshot.state.guard_rejections),
+    ),
+    Metric(
+        "asyncsplit_guard_locks_total",
+        "counter",
+        "",
+        _DATASET,
+        "How often the lock was held that executor starts and schema requests share.",
+        "coordinator",
+        "Guard",
+        _whole(lambda state: state.guard_locks),
     ),
     Metric(
         "asyncsplit_guard_lock_seconds_total",
         "counter",
         "seconds",
         _DATASET,
-        "Seconds under the lock that executor starts and schema requests share.",
+        "Seconds under that lock.",
+        "coordinator",
+        "Guard",
         _whole(lambda state: state.guard_lock_s),
     ),
 )
@@ -225,8 +936,14 @@ def markdown() -> str:
     """Return the reference of all metrics, as kept in docs/metrics.md."""
     rows = (
         f"| `{metric.name}` | {metric.kind} | {metric.unit}"
-        f" | {', '.join(f'`{label}`' for label in metric.labels)} | {metric.help} |"
+        f" | {', '.join(f'`{label}`' for label in metric.labels)} | {metric.help}"
+        f" | {metric.board.capitalize()}: {metric.panel} |"
         for metric in CATALOG
+    )
+    bounds = (
+        f"| `{metric.name}` | {', '.join(f'{bound:g}' for bound in metric.bounds)} |"
+        for metric in CATALOG
+        if metric.bounds
     )
     return f"""\
 # Metrics
@@ -236,14 +953,22 @@ def markdown() -> str:
 Each coordinator serves its metrics in the text formats of Prometheus and OpenMetrics.
 `await it.metrics_url()` says where; `SplitOptions(telemetry=TelemetryConfig(...))` sets the address
 or turns the endpoint off. Counters begin at 0 with the coordinator; every series is there from then
-on.
+on. Ages are computed when they are asked for, so they grow while nothing happens.
 
-`dataset` is the name given with `Dataset.set_name`, or `dataset`. `split` is the index of a split;
-with more than {MAX_SPLIT_LABELS} splits it is empty, and one series counts for all of them.
+`dataset` is the name given with `Dataset.set_name`, or `dataset`. `split` is the index of a split.
+With more than {MAX_SPLIT_LABELS} splits, `split` is empty in counters, and one series counts for
+all of them; gauges have a series for each of the {WORST} worst splits only. So `sum` of a counter
+and `max` of a gauge are right with any number of splits.
 
-| Metric | Type | Unit | Labels | Meaning |
-|---|---|---|---|---|
+| Metric | Type | Unit | Labels | Meaning | Shown in |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
+
+The upper bounds of the histograms' buckets, in seconds:
+
+| Metric | Bounds |
+|---|---|
+{chr(10).join(bounds)}
 """
 
 

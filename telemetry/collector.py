@@ -1,14 +1,32 @@
 """The catalog's metrics as Prometheus reads them, computed when it asks."""
 
+import time
 from collections.abc import Iterable
+from itertools import accumulate
+from typing import TypeAlias
 
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from asyncsplit.telemetry.catalog import CATALOG, Snapshot
+from asyncsplit.telemetry.catalog import CATALOG, Distribution, Metric, Snapshot
 from asyncsplit.telemetry.state import CoordinatorState
 
-_FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+PAUSE_S = 5e-5
+"""Pause after each metric. A scrape is a thread that does not wait for anything, and would keep the
+interpreter from the event loop's thread for 5 milliseconds at a time."""
+
+_Family: TypeAlias = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+
+_FAMILIES: dict[str, type[_Family]] = {
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
 
 
 class StateCollector(Collector):
@@ -22,13 +40,30 @@ class StateCollector(Collector):
         """Collect from a state; it is read at every scrape, never copied or locked."""
         self._state = state
 
-    def collect(self) -> Iterable[Metric]:
+    def describe(self) -> Iterable[_Family]:
+        """Yield the families without their samples."""
+        return map(_family, CATALOG)
+
+    def collect(self) -> Iterable[_Family]:
         """Yield one family per metric of the catalog."""
         snapshot = Snapshot.of(self._state)
         for metric in CATALOG:
-            family = _FAMILIES[metric.kind](
-                metric.name, metric.help, labels=metric.labels, unit=metric.unit
-            )
+            family = _family(metric)
             for labels, value in metric.read(snapshot):
-                family.add_metric(labels, value)
+                if isinstance(family, HistogramMetricFamily):
+                    assert isinstance(value, Distribution)
+                    family.add_metric(labels, _buckets(metric, value), value.total)
+                else:
+                    assert not isinstance(value, Distribution)
+                    family.add_metric(labels, value)
             yield family
+            time.sleep(PAUSE_S)
+
+
+def _family(metric: Metric) -> _Family:
+    return _FAMILIES[metric.kind](metric.name, metric.help, labels=metric.labels, unit=metric.unit)
+
+
+def _buckets(metric: Metric, value: Distribution) -> list[tuple[str, float]]:
+    bounds = map(floatToGoString, (*metric.bounds, float("inf")))
+    return list(zip(bounds, accumulate(value.counts), strict=True))

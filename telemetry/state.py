@@ -1,15 +1,31 @@
 """Plain numbers: what the hot path adds to, and what every way out reads.
 
 Consumers count for themselves and send their totals with each message; totals are cumulative,
-so a repeated or late message cannot count anything twice.
+so a repeated or late message cannot count anything twice. Ages are not kept, but when something
+began: so they grow while nothing happens at all.
 """
 
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from operator import add, sub
+from typing import Any, Literal, NamedTuple
+
+from asyncsplit.core.epochs import Epochs, Phase
+from asyncsplit.core.ledger import Ledger
+from asyncsplit.core.liveness import Liveness
+from asyncsplit.core.routing import EqualRouter
+from asyncsplit.telemetry import catalog
+
+STALL_WINDOW_S = 10.0
+"""Of how many seconds of a consumer's iterating, at least, its stall ratio is."""
+
+ExecutorState = Literal["idle", "starting", "running", "stopping"]
 
 
 class ConsumerCounters(NamedTuple):
-    """A consumer's totals since it was created, over all its streams."""
+    """A consumer's totals since it was created, over all its streams; and, last, its present."""
 
     rows: int = 0
     batches: int = 0
@@ -18,25 +34,106 @@ class ConsumerCounters(NamedTuple):
     waits: int = 0
     """Batches that were not ready when the loop asked for them."""
     wait_s: float = 0.0
-    """Seconds the loop waited for those."""
+    """Seconds the loop waited, for those and for the end of a stream."""
     stream_s: float = 0.0
     """Seconds from asking for a stream's first batch to its end: waiting and training."""
+    barrier_s: float = 0.0
+    """Seconds of the wait in which the epoch had not started."""
+    data_s: float = 0.0
+    """Seconds of the wait in which the coordinator had no block."""
+    transfer_s: float = 0.0
+    """Seconds of the wait in which a block was on its way from another process."""
+    firsts: int = 0
+    """Streams that have got their first batch."""
+    first_s: float = 0.0
+    """Seconds from the news that the epoch has started to the first batch, of those streams."""
+    waited: tuple[int, ...] = (0,) * (len(catalog.WAIT_BOUNDS) + 1)
+    """How many waits were how long, see `catalog.WAIT_BOUNDS`."""
+    backlog_bytes: int = 0
+    """Bytes of the blocks delivered and not begun, now."""
+    lag_s: float = 0.0
+    """The longest that the consumer's event loop was busy elsewhere, since its last message."""
 
     def plus(self, other: "ConsumerCounters") -> "ConsumerCounters":
-        """Add field by field."""
-        return ConsumerCounters._make(a + b for a, b in zip(self, other, strict=True))
+        """Add the totals; the present is the other's."""
+        return _combine(add, self, other, present=other)
 
     def minus(self, other: "ConsumerCounters") -> "ConsumerCounters":
-        """Subtract field by field."""
-        return ConsumerCounters._make(a - b for a, b in zip(self, other, strict=True))
+        """Subtract the totals; the present is this one's."""
+        return _combine(sub, self, other, present=self)
 
 
 _NOTHING = ConsumerCounters()
+_WAITED = ConsumerCounters._fields.index("waited")
+
+
+def _combine(
+    operator: Callable[[Any, Any], Any],
+    one: ConsumerCounters,
+    other: ConsumerCounters,
+    *,
+    present: ConsumerCounters,
+) -> ConsumerCounters:
+    totals: Any = map(operator, one[:_WAITED], other[:_WAITED])
+    waited = tuple(map(operator, one.waited, other.waited))
+    return ConsumerCounters._make((*totals, waited, present.backlog_bytes, present.lag_s))
+
+
+class Histogram:
+    """Counts of observations, by the bucket of the catalog's bounds they fall into."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        """Start with nothing observed."""
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Count an observation."""
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
+class Pumped(NamedTuple):
+    """What the pump has done with its time; one value, so that it is read as of one moment."""
+
+    dataset_s: float = 0.0
+    consumers_s: float = 0.0
+    blocked_on: Literal["dataset", "consumers"] | None = None
+    since: float = 0.0
+    """When that began."""
+
+    def at(self, now: float) -> "Pumped":
+        """Return the totals at a moment, what is going on included."""
+        seconds = max(0.0, now - self.since)
+        if self.blocked_on == "dataset":
+            return self._replace(dataset_s=self.dataset_s + seconds)
+        if self.blocked_on == "consumers":
+            return self._replace(consumers_s=self.consumers_s + seconds)
+        return self
+
+
+class PumpClock:
+    """Keeps the pump's time, over all epochs; one thread at a time writes."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        """Start with no pump at work."""
+        self.value = Pumped()
+
+    def blocked_on(self, what: Literal["dataset", "consumers"] | None) -> None:
+        """Note what the pump is blocked on from now on; None if there is no pump."""
+        now = time.monotonic()
+        dataset_s, consumers_s, _, _ = self.value.at(now)
+        self.value = Pumped(dataset_s, consumers_s, what, now)
 
 
 @dataclass(slots=True)
 class SplitState:
-    """One split's totals, over all the consumers it has had."""
+    """One split's totals, over all the consumers it has had, and when something began."""
 
     consumer: str | None = None
     latest: ConsumerCounters = _NOTHING
@@ -44,6 +141,47 @@ class SplitState:
     total: ConsumerCounters = _NOTHING
     """Everything delivered for this split. One value, replaced at once: were it a sum of two, a
     scrape between their changes would see it jump, and Prometheus take that for a restart."""
+    training_s: float = 0.0
+    conversion_s: float = 0.0
+    """Differences of totals. Rounding could let them fall, so their maximum is kept."""
+    heard_at: float | None = None
+    """When the consumer's last message came."""
+    batch_at: float = 0.0
+    """When a message came that told of another batch; or when the stream began."""
+    arrived_at: float = 0.0
+    """When the consumer began to wait at the barrier."""
+    pulled_at: float | None = None
+    """Since when a pull has been waiting for blocks."""
+    start_s: float = 0.0
+    """How long after the barrier had opened the news of that reached the consumer."""
+    ready_since: int = 0
+    """The consumer's batches when it was last known to have waited."""
+    sent_seq: int = 0
+    """Number of the first slice of the epoch that was never sent."""
+    stall_ratio: float = 0.0
+    window: ConsumerCounters = _NOTHING
+    """The totals at the beginning of the window of the next ratio."""
+
+    @property
+    def ready_batches(self) -> int:
+        """Batches in a row that were ready, as far as messages tell."""
+        return max(0, self.latest.batches - self.ready_since)
+
+    def add(self, counters: ConsumerCounters) -> ConsumerCounters:
+        """Take the consumer's totals; return what they are more than before."""
+        more = counters.minus(self.latest)
+        if more.waits:
+            self.ready_since = counters.batches
+        self.latest = counters
+        self.total = total = self.total.plus(more)
+        self.training_s = max(self.training_s, total.stream_s - total.wait_s)
+        caused = total.barrier_s + total.data_s + total.transfer_s
+        self.conversion_s = max(self.conversion_s, total.wait_s - caused)
+        streamed = total.stream_s - self.window.stream_s
+        if streamed >= STALL_WINDOW_S:
+            self.stall_ratio = (total.wait_s - self.window.wait_s) / streamed
+            self.window = total
+        return more
 
 
 @dataclass(slots=True)
@@ -54,6 +192,19 @@ class CoordinatorState:
     splits: list[SplitState]
     name: str = "dataset"
     """What the user calls the dataset: a label must not change from run to run, as ids do."""
+    prefetch_bytes: int = 0
+    """Each split's budget."""
+    started_at: float = field(default_factory=time.time)
+
+    epochs_now: Epochs | None = None
+    ledger: Ledger | None = None
+    liveness: Liveness | None = None
+    """The coordinator's own, only read here: whole numbers, and membership of sets."""
+    pump: PumpClock = field(default_factory=PumpClock)
+    executor: ExecutorState = "idle"
+    tick_due: float | None = None
+    """When the event loop's timer is due; None if none is set."""
+
     serialized_bytes: int = 0
     """Pickled size of the iterator a consumer brought last; 0 until one came."""
     serialized_bytes_total: int = 0
@@ -63,11 +214,32 @@ class CoordinatorState:
     )
     guard_rejections: dict[str, int] = field(default_factory=lambda: dict.fromkeys(("schema",), 0))
     guard_lock_s: float = 0.0
+    guard_locks: int = 0
+    guard_locked_at: float | None = None
+    """Since when the guard's lock has been held."""
+    arrivals: int = 0
     epochs: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("completed", "stopped", "failed"), 0)
     )
-    truncated_rows: int = 0
+    opened_at: float | None = None
+    """When the barrier of the epoch under way opened."""
+    truncated_rows: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("equal", "left_early"), 0)
+    )
+    redelivered_rows: int = 0
+    rejoins: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(("consumer_died", "coordinator_restarted"), 0)
+    )
+    fenced: int = 0
     conflicts: int = 0
+    deaths: int = 0
+    lost: int = 0
+
+    barrier_wait: Histogram = field(default_factory=lambda: Histogram(catalog.BARRIER_BOUNDS))
+    executor_start: Histogram = field(default_factory=lambda: Histogram(catalog.START_BOUNDS))
+    first_batch: Histogram = field(default_factory=lambda: Histogram(catalog.START_BOUNDS))
+    epoch_duration: Histogram = field(default_factory=lambda: Histogram(catalog.EPOCH_BOUNDS))
+    loop_lag: Histogram = field(default_factory=lambda: Histogram(catalog.LAG_BOUNDS))
 
     @classmethod
     def of(cls, dataset: str, n: int, name: str | None = None) -> "CoordinatorState":
@@ -87,9 +259,11 @@ class CoordinatorState:
         before another consumer had the split, or before the coordinator was restarted.
         """
         state = self.splits[split]
+        state.heard_at = time.monotonic()
         if state.consumer == consumer:
             return
         state.consumer, state.latest = consumer, ConsumerCounters(*counters)
+        state.ready_since = state.latest.batches
         if serialized_bytes and state.latest == _NOTHING:
             self.serialized_bytes = serialized_bytes
             self.serialized_bytes_total += serialized_bytes
@@ -99,12 +273,75 @@ class CoordinatorState:
         """Take a consumer's totals; late messages and strangers' change nothing."""
         state = self.splits[split]
         counters = ConsumerCounters(*counters)
-        if state.consumer == consumer and counters >= state.latest:
-            state.total = state.total.plus(counters.minus(state.latest))
-            state.latest = counters
+        if state.consumer != consumer or counters < state.latest:
+            return
+        more = state.add(counters)
+        state.heard_at = time.monotonic()
+        if more.batches:
+            state.batch_at = state.heard_at
+        if more.firsts:
+            self.first_batch.observe(state.start_s + more.first_s / more.firsts, more.firsts)
+
+    def arrive(self, split: int) -> None:
+        """Note that a consumer has come to the barrier, to wait there."""
+        self.arrivals += 1
+        self.splits[split].arrived_at = time.monotonic()
+
+    def replace(self, split: int) -> None:
+        """Note that a consumer goes on where another one died."""
+        self.rejoins["consumer_died"] += 1
+        state = self.splits[split]
+        state.start_s, state.batch_at, state.pulled_at = 0.0, time.monotonic(), None
+
+    def send(self, split: int, begin: int, rows: Sequence[int]) -> None:
+        """Note that slices with so many rows, from number ``begin`` on, are sent to a split."""
+        state = self.splits[split]
+        if begin < state.sent_seq:
+            self.redelivered_rows += sum(rows[: state.sent_seq - begin])
+        state.sent_seq = max(state.sent_seq, begin + len(rows))
+
+    def epoch_opened(self, arrived: Sequence[int]) -> None:
+        """Note that the barrier opens, for those who have arrived."""
+        self.opened_at = now = time.monotonic()
+        first = min((self.splits[split].arrived_at for split in arrived), default=now)
+        self.barrier_wait.observe(now - first)
+
+    def epoch_started(self) -> None:
+        """Note that the executor of the epoch has started."""
+        now = time.monotonic()
+        start_s = 0.0 if self.opened_at is None else now - self.opened_at
+        self.executor_start.observe(start_s)
+        for state in self.splits:
+            state.start_s, state.batch_at = start_s, now
+            state.pulled_at, state.sent_seq = None, 0
+
+    def epoch_ended(self, outcome: str) -> None:
+        """Note how the epoch has ended, and what nobody got of it."""
+        self.epochs[outcome] += 1
+        if self.opened_at is not None:
+            self.epoch_duration.observe(time.monotonic() - self.opened_at)
+            self.opened_at = None
+        if self.ledger is not None:
+            equal = isinstance(self.ledger.router, EqualRouter)
+            by_shares = self.ledger.router.truncated_rows if equal else 0
+            self.truncated_rows["equal"] += by_shares
+            self.truncated_rows["left_early"] += self.ledger.truncated_rows - by_shares
+
+    def tick(self, due: float | None) -> None:
+        """Note that the event loop's timer has come, and when it comes next."""
+        if self.tick_due is not None:
+            self.loop_lag.observe(max(0.0, time.monotonic() - self.tick_due))
+        self.tick_due = due
 
     @property
     def delivered(self) -> ConsumerCounters:
         """Totals over all splits."""
-        totals = zip(*(split.total for split in self.splits), strict=True)
-        return ConsumerCounters._make(map(sum, totals))
+        columns: Any = zip(*(split.total for split in self.splits), strict=True)
+        *totals, waited, backlog, lag = columns
+        by_bucket = tuple(map(sum, zip(*waited, strict=True)))
+        return ConsumerCounters._make((*map(sum, totals), by_bucket, sum(backlog), max(lag)))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether blocks are being delivered."""
+        return self.epochs_now is not None and self.epochs_now.phase is Phase.RUNNING

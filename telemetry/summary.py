@@ -18,7 +18,7 @@ def summary(state: CoordinatorState) -> str:
             f" epochs: {_counts(state.epochs)}",
             f"* Delivered: {every.rows:,} rows in {every.batches:,} batches, from"
             f" {every.blocks:,} blocks of {every.bytes / 2**20:,.1f} MiB;"
-            f" {state.truncated_rows:,} rows truncated",
+            f" {sum(state.truncated_rows.values()):,} rows truncated",
             f"* Data stall: {_stall(every)}{_worst(totals)}",
             f"* Iterator: {state.serialized_bytes:,} bytes pickled,"
             f" {state.serializations:,} times; {state.conflicts:,} consumers in conflict",
