@@ -1,7 +1,8 @@
 """What a user may set, with defaults and the reasons for them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Routing = Literal["rows", "demand"]
 
@@ -19,8 +20,48 @@ class TelemetryConfig:
     port: int = 0
     """Port of the endpoint; 0 takes a free one, see ``metrics_url()``."""
 
+    discovery_dir: str | bool = True
+    """Directory in which each coordinator writes a file for Prometheus' ``file_sd_configs``, and
+    removes it when it ends; True for ``asyncsplit-<user id>`` in the temporary directory of the
+    coordinator's node, where ``asyncsplit top`` looks; False for none."""
+
+    meter_provider: Callable[[], Any] | None = None
+    """Called in the coordinator's process for an OpenTelemetry ``MeterProvider`` to give the
+    metrics to, too; ``opentelemetry.metrics.get_meter_provider`` for that process's own."""
+
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry receiver to push the metrics to, too, with OTLP over HTTP, such as
+    ``"http://localhost:4318/v1/metrics"``. Needs ``asyncsplit[otel]``."""
+
+    ray_metrics: bool = False
+    """Give the metrics, without the label ``split``, to Ray's own, too. Needs ``ray[default]``."""
+
+    push_interval_s: float = 15.0
+    """How often metrics are pushed to the OpenTelemetry receiver and to Ray."""
+
     def __post_init__(self) -> None:
-        """Raise ValueError for a port no socket can have."""
+        """Raise ValueError or TypeError naming the option, its value and what is allowed."""
+        if not isinstance(self.discovery_dir, str | bool) or self.discovery_dir == "":
+            raise TypeError(
+                f"TelemetryConfig.discovery_dir={self.discovery_dir!r} must be a path, True for"
+                " the default one or False for none"
+            )
+        if self.meter_provider is not None and not callable(self.meter_provider):
+            raise TypeError(
+                f"TelemetryConfig.meter_provider={self.meter_provider!r} must be a function that"
+                " returns a MeterProvider: it is called in the coordinator's process"
+            )
+        endpoint = self.otlp_endpoint
+        if endpoint is not None and not str(endpoint).startswith(("http://", "https://")):
+            raise ValueError(
+                f"TelemetryConfig.otlp_endpoint={endpoint!r} must be a URL, such as"
+                " 'http://localhost:4318/v1/metrics'"
+            )
+        interval = self.push_interval_s
+        if isinstance(interval, bool) or not isinstance(interval, int | float) or not interval > 0:
+            raise ValueError(
+                f"TelemetryConfig.push_interval_s={interval!r} must be a number of seconds above 0"
+            )
         if not isinstance(self.port, int) or not 0 <= self.port <= 65535:
             raise ValueError(
                 f"TelemetryConfig.port={self.port!r} is not a port: use 0 (any free one) to 65535"

@@ -11,7 +11,6 @@ from prometheus_client.metrics_core import (
     HistogramMetricFamily,
 )
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from asyncsplit.telemetry.catalog import CATALOG, Distribution, Metric, Snapshot
 from asyncsplit.telemetry.state import CoordinatorState
@@ -64,6 +63,10 @@ def _family(metric: Metric) -> _Family:
     return _FAMILIES[metric.kind](metric.name, metric.help, labels=metric.labels, unit=metric.unit)
 
 
+def bound_labels(metric: Metric) -> list[str]:
+    """Return the values of the label ``le``, as Prometheus writes them."""
+    return [*map(str, metric.bounds), "+Inf"]
+
+
 def _buckets(metric: Metric, value: Distribution) -> list[tuple[str, float]]:
-    bounds = map(floatToGoString, (*metric.bounds, float("inf")))
-    return list(zip(bounds, accumulate(value.counts), strict=True))
+    return list(zip(bound_labels(metric), accumulate(value.counts), strict=True))

@@ -1,17 +1,21 @@
 """Where Prometheus finds a coordinator's metrics."""
 
 import logging
+import os
 import socket
 import socketserver
 import sys
 import threading
 from http.server import ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray.util
 from prometheus_client import CollectorRegistry, MetricsHandler
 
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.collector import StateCollector
+from asyncsplit.telemetry.discovery import Entry, Target, default_directory
 from asyncsplit.telemetry.state import CoordinatorState
 
 logger = logging.getLogger(__name__)
@@ -23,6 +27,7 @@ class Endpoint:
     def __init__(self, server: "_Server") -> None:
         """Begin to answer; `serve` is the way to get one."""
         self._server = server
+        self._entry: Entry | None = None
         host, port = server.server_address[:2]
         self.url = f"http://{_reachable(str(host))}:{port}/metrics"
         """What to scrape; for an endpoint on all addresses, this node's address in the cluster."""
@@ -53,10 +58,32 @@ class Endpoint:
                 error,
             )
             return None
-        return cls(server)
+        endpoint = cls(server)
+        if config.discovery_dir is not False:
+            endpoint._announce(state, config.discovery_dir)
+        return endpoint
+
+    def _announce(self, state: CoordinatorState, setting: str | bool) -> None:
+        directory = Path(setting) if isinstance(setting, str) else default_directory()
+        address = urlsplit(self.url).netloc
+        target = Target(address, state.name, len(state.splits), os.getpid())
+        try:
+            self._entry = Entry(directory, target)
+        except OSError as error:
+            logger.warning(
+                "Prometheus will not find the metrics of dataset %r by itself: no file can be"
+                " written to %s: %s. They are at %s. TelemetryConfig(discovery_dir=...) takes"
+                " another directory, or False for none.",
+                state.name,
+                directory,
+                error,
+                self.url,
+            )
 
     def close(self) -> None:
         """Free the port; blocks the thread for up to half a second. Closing twice is no error."""
+        if self._entry is not None:
+            self._entry.withdraw()
         self._server.shutdown()
         self._server.server_close()
 

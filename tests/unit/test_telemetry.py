@@ -300,8 +300,8 @@ TOTALS = slice(0, ConsumerCounters._fields.index("backlog_bytes"))
 
 
 def flattened(counters: ConsumerCounters) -> list[float]:
-    *numbers, waited = counters[TOTALS]
-    return [*numbers, *waited]
+    numbers = [value for value in counters[TOTALS] if not isinstance(value, tuple)]
+    return [*numbers, *counters.waited]
 
 
 class Stint(NamedTuple):
