@@ -29,6 +29,7 @@ from asyncsplit.distribution import Distribution
 from asyncsplit.errors import (
     ConsumerConflictError,
     ConsumerLostError,
+    StaleEpochError,
     StateMismatchError,
     StreamClosedError,
 )
@@ -36,7 +37,7 @@ from asyncsplit.guard import DuringExecution, Guard
 from asyncsplit.lifeline import VERDICT_S, Lifelines
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import unpack
-from asyncsplit.telemetry.endpoint import Endpoint
+from asyncsplit.telemetry.outlets import Outlets
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 from asyncsplit.telemetry.summary import summary
 from asyncsplit.wire import (
@@ -94,7 +95,9 @@ class SplitCoordinator:
         self._prefetch_bytes = 1 if options.routing == "demand" else options.prefetch_bytes
         self._context = dataset.context.copy()
         engine.use_context(self._context)
-        self._state = CoordinatorState.of(engine.dataset_tag(dataset), n, dataset.name)
+        self._state = CoordinatorState.of(
+            engine.dataset_tag(dataset), n, dataset.name, lambda: self._distribution
+        )
         blocking = ThreadPoolExecutor(1, thread_name_prefix="asyncsplit-blocking")
         self._guard = Guard(dataset, blocking, self._state)
         self._epochs = Epochs(n)
@@ -108,11 +111,12 @@ class SplitCoordinator:
         self._lifelines = Lifelines()
         self._started: dict[int, Started] = {}
         self._arrived_at: dict[int, float] = {}
+        self._state.watch(self._epochs, self._liveness, self._arrived_at)
         self._ticking = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stopping: asyncio.Task[None] | None = None
         self._shut = False
-        self._endpoint = Endpoint.serve(self._state, options.telemetry)
+        self._outlets = Outlets(self._state, options.telemetry)
         self._kept: Sequence[ObjectRef[Any]] = ()
 
     def __ray_shutdown__(self) -> None:
@@ -125,6 +129,7 @@ class SplitCoordinator:
         self._guard.close()
         for join in joins:
             join()
+        self._outlets.close()
 
     async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
         """Keep what the dataset refers to, as long as this process lives."""
@@ -173,11 +178,13 @@ class SplitCoordinator:
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
         if self._epochs.phase is Phase.RUNNING and self._epochs.active.get(split) == stream:
             if takes_over:
+                self._state.replace(split)
                 self._started[split] = self._take_over(split, shuffle)
             return self._started[split]
         if split not in self._openings or self._openings[split].done():
             self._openings[split] = asyncio.get_running_loop().create_future()
             self._arrived_at[split] = now
+            self._state.arrivals += 1
         self._shuffles[split] = shuffle
         opening = self._openings[split]
         self._open_if_ready()
@@ -214,6 +221,7 @@ class SplitCoordinator:
         """
         stream = Stream(*stream)
         if epoch > self._epochs.epoch:
+            self._state.rejoins["coordinator_restarted"] += 1
             return Rejoin()
         self._acknowledge(split, epoch, stream, progress, counters)
         delivery = self._distribution.read(split, cursor)
@@ -222,6 +230,7 @@ class SplitCoordinator:
                 break
             self._check_stream(split, epoch, stream)
             delivery = self._distribution.read(split, cursor)
+        self._state.send(split, delivery)
         return delivery
 
     @replies
@@ -288,7 +297,7 @@ class SplitCoordinator:
     @replies
     async def metrics_url(self) -> str | None:
         """Return where ``/metrics`` is served, or None if it is not."""
-        return self._endpoint.url if self._endpoint is not None else None
+        return self._outlets.url
 
     @replies
     async def shutdown_executor(self) -> None:
@@ -316,6 +325,7 @@ class SplitCoordinator:
     def _open_if_ready(self) -> None:
         if self._epochs.ready and not self._shut:
             resume = self._epochs.open()
+            self._state.epoch_opened()
             self._spawn(self._run_epoch(self._epochs.epoch, resume))
 
     async def _run_epoch(self, epoch: int, resume: Mapping[int, Position]) -> None:
@@ -341,6 +351,7 @@ class SplitCoordinator:
         if not self._is_starting(epoch):
             return  # given up meanwhile: the guard stops the executor next
         self._epochs.started()
+        self._state.epoch_started()
         for split in set(range(self._n)) - {*self._epochs.active, *resume}:
             distribution.ledger.leave(split)  # closed while the executor was starting
         for split in openings:
@@ -365,7 +376,7 @@ class SplitCoordinator:
         except Exception as error:  # the consumers get it, whatever it is
             distribution.error = engine.unwrap(error)
         else:
-            distribution.start(execution, name=f"asyncsplit-pump-{epoch}")
+            distribution.start(execution, f"asyncsplit-pump-{epoch}", self._state.pump)
 
     def _start_next(self) -> None:
         """Start the next epoch before all have arrived, if it is known that there is one."""
@@ -407,7 +418,11 @@ class SplitCoordinator:
     def _check_stream(self, split: int, epoch: int, stream: Stream) -> None:
         if self._failed is not None and self._failed[0] == epoch:
             raise self._failed[1].unpack()
-        self._epochs.check(split, epoch, stream)
+        try:
+            self._epochs.check(split, epoch, stream)
+        except (ConsumerConflictError, StaleEpochError):
+            self._state.fenced += 1
+            raise
 
     async def _wait_for_verdict(self, split: int, stream: Stream) -> None:
         """Give the news that a split's consumer has died the time it takes to come.
@@ -433,6 +448,7 @@ class SplitCoordinator:
             _reject(self._openings[split], StreamClosedError("the stream's consumer died"))
         if self._epochs.die(split, stream):
             self._liveness.mourn(split, self._tick())
+            self._state.deaths += 1
             logger.warning(
                 "the consumer of split %d died in epoch %d; another one that iterates the split"
                 " goes on from its first uncommitted row",
@@ -456,11 +472,13 @@ class SplitCoordinator:
         if not self._ticking:
             self._ticking = True
             asyncio.get_running_loop().call_later(TICK_S, self._look_after_waits)
+            self._state.tick_in(TICK_S)
         return time.monotonic()
 
     def _look_after_waits(self) -> None:
         """Warn of waits that take long, and end those that have taken too long."""
         self._ticking = False
+        self._state.ticked()
         if not (self._epochs.active or self._epochs.arrived or self._next):
             return
         now = self._tick()
@@ -491,6 +509,7 @@ class SplitCoordinator:
 
     def _lose(self, lost: dict[int, str]) -> None:
         """Tell all who wait that a consumer is lost; a fresh epoch starts when all arrive."""
+        self._state.lost += len(lost)
         waits_for = self._epochs.epoch + bool(self._epochs.arrived)
         error = ConsumerLostError(
             f"epoch {waits_for} cannot go on: {listing(lost)}. Restart the workers of these"

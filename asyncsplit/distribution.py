@@ -16,6 +16,7 @@ from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import StateMismatchError
 from asyncsplit.guard import Guard
 from asyncsplit.pump import Pump
+from asyncsplit.telemetry.state import PumpClock
 from asyncsplit.wire import Delivery, Progress, Slice
 
 MAX_SLICES = 256
@@ -48,11 +49,11 @@ class Distribution:
         """Leave out what earlier runs with other numbers of splits have read."""
         self._replays = list(replays)
 
-    def start(self, execution: engine.Execution, name: str) -> None:
+    def start(self, execution: engine.Execution, name: str, clock: PumpClock) -> None:
         """Begin to take blocks from an execution, on a thread of that name; not after `stop`."""
         if self._stopped:
             return
-        self._pump = Pump(execution, self._receive, name)
+        self._pump = Pump(execution, self._receive, name, clock)
         self._settle()
 
     @property

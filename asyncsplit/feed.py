@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import ObjectLostError
@@ -25,7 +25,7 @@ from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import StateMismatchError
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import Reply, ask, opened
-from asyncsplit.telemetry.state import ConsumerCounters
+from asyncsplit.telemetry.state import ConsumerCounters, StreamTimes
 from asyncsplit.wire import Delivery, Progress, Rejoin, Slice, Started
 
 SMALL_BYTES = 2**20
@@ -58,11 +58,7 @@ class Feed:
     ) -> None:
         """Arrive at the barrier."""
         self.started: Started | None = None
-        self.waited = 0
-        """Batches that were not ready when asked for."""
-        self.wait_s = 0.0
-        """Seconds the loop has waited."""
-        self.began = perf_counter()
+        self.times = StreamTimes(perf_counter())
         self._consumer = consumer
         self._stream = stream
         self._pipeline = pipeline
@@ -126,6 +122,7 @@ class Feed:
 
     def close(self, finished_rows: int) -> "Callable[[], Future[Any]]":
         """Let go of everything; return the call that says goodbye, which holds nothing."""
+        self._backlog_bytes = 0
         counters = self._consumer.totals = self.counters()
         if self.started is not None:
             self._consumer.position = Position(self.started.epoch + 1)
@@ -144,16 +141,21 @@ class Feed:
     def counters(self) -> ConsumerCounters:
         """Return the consumer's totals, this stream's included."""
         return self._consumer.totals.plus(
-            ConsumerCounters(
+            self.times.totals(
+                perf_counter(),
                 rows=self._pipeline.rows_out,
                 batches=self._pipeline.batches_out,
                 blocks=self._fed - self._first,
-                bytes=self._fed_bytes,
-                waits=self.waited,
-                wait_s=self.wait_s,
-                stream_s=perf_counter() - self.began,
+                size_bytes=self._fed_bytes,
+                backlog_bytes=self._backlog_bytes,
             )
         )
+
+    def cause_of(self, wait: "Future[Any]") -> Literal["barrier", "data", "transfer"]:
+        """Tell what a future that `advance` returned stands for."""
+        if wait is self._starting:
+            return "barrier"
+        return "data" if wait is self._pulling else "transfer"
 
     def position(self, finished_rows: int) -> Position:
         """Return where the training loop stands, having finished with so many rows."""
@@ -211,6 +213,7 @@ class Feed:
         """Begin to pull; after a restart of the coordinator, what has not been begun yet."""
         if self._cursor is None:
             self.started = started
+            self.times.started_at = perf_counter()
         self._starting = None
 
     def _rejoin(self, finished_rows: int) -> None:

@@ -91,12 +91,14 @@ class Guard:
             if self._execution is not None:
                 await self._blocking(self._execution.shutdown)
             self._idle.clear()
+            self._state.executor = "starting"
             self._observed = asyncio.get_running_loop().create_future()
             try:
                 self._execution = await self._blocking(engine.Execution.start, self._dataset, epoch)
             except BaseException:
                 self._ended()
                 raise
+            self._state.executor = "running"
             return self._execution
 
     def observe(self, schema: object) -> None:
@@ -125,6 +127,7 @@ class Guard:
         """
         async with self._held():
             if self._execution is not None:
+                self._state.executor = "stopping"
                 await self._blocking(self._execution.shutdown)
             if self._execution is not None and self.active:
                 # One that is stopped early keeps blocks nobody took, and is full of cycles.
@@ -149,13 +152,16 @@ class Guard:
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:
         async with self._lock:
-            began = time.perf_counter()
+            self._state.guard_locks += 1
+            self._state.guard_locked_at = began = time.monotonic()
             try:
                 yield
             finally:
-                self._state.guard_lock_s += time.perf_counter() - began
+                self._state.guard_lock_s += time.monotonic() - began
+                self._state.guard_locked_at = None
 
     def _ended(self) -> None:
+        self._state.executor = "idle"
         self._resolve(None)
         self._idle.set()
 

@@ -7,10 +7,10 @@ there would switch backpressure off.
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 
 from asyncsplit.engine import Bundle, Execution
+from asyncsplit.telemetry.state import PumpClock
 
 
 class Pump:
@@ -21,15 +21,15 @@ class Pump:
         execution: Execution,
         deliver: Callable[[list[Bundle], BaseException | None], None],
         name: str,
+        clock: PumpClock,
     ) -> None:
-        """Start pumping once `allow` gives credit.
+        """Start pumping once `allow` gives credit; ``clock`` is told what it waits for.
 
         ``deliver`` is called on the running loop with the bundles taken and, at the end, with
         `StopIteration` or the error that ended the execution.
         """
-        self.dataset_wait_s = 0.0
-        self.credit_wait_s = 0.0
         self._deliver = deliver
+        self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._condition = threading.Condition()
         self._credit = 0
@@ -61,20 +61,24 @@ class Pump:
         self._thread.join()
 
     def _run(self, execution: Execution) -> None:
+        try:
+            self._carry(execution)
+        finally:
+            self._clock.blocked_on(None)
+
+    def _carry(self, execution: Execution) -> None:
         while True:
-            began = time.perf_counter()
+            self._clock.blocked_on("consumers")
             with self._condition:
                 self._condition.wait_for(lambda: self._credit > 0 or self._stopped)
                 if self._stopped:
                     return
-            allowed = time.perf_counter()
-            self.credit_wait_s += allowed - began
+            self._clock.blocked_on("dataset")
             bundle, end = None, None
             try:
                 bundle = execution.next_bundle()
             except BaseException as error:  # carried to those who wait for blocks
                 end = error
-            self.dataset_wait_s += time.perf_counter() - allowed
             if not self._hand_over(bundle, end):
                 return
 

@@ -118,7 +118,7 @@ class BatchStream(Generic[T]):
             batches=self._pipeline.batches_out,
             buffered_rows=self._pipeline.rows_buffered,
             buffered_blocks=feed.backlog if feed else 0,
-            wait_s=feed.wait_s if feed else 0.0,
+            wait_s=feed.times.wait_s if feed else 0.0,
             time_to_first_batch_s=self._first_after_s,
         )
 
@@ -154,7 +154,10 @@ class BatchStream(Generic[T]):
         if now >= self._yield_at:
             self._check(now)
             # Before a batch is taken: one that is taken would be lost by a cancellation here.
+            paused = perf_counter()
             await asyncio.sleep(0)
+            if (feed := self._feed) and (lag_s := perf_counter() - paused) > feed.times.lag_s:
+                feed.times.lag_s = lag_s
         batch = next(self._batches, _END)
         if batch is None:
             self._loop = asyncio.get_running_loop()
@@ -274,21 +277,27 @@ class BatchStream(Generic[T]):
                 f" {self._consumer.split}: one stream serves one loop"
             )
         feed = self._feed or self._open()
+        times = feed.times
         self._waiting = True
+        times.wait(asked_at=now)
         try:
             while (batch := next(self._batches, _END)) is None:
                 if (future := feed.advance(self._finished_rows)) is not None:
-                    yield future
+                    cause, began = feed.cause_of(future), perf_counter()
+                    try:
+                        yield future
+                    finally:
+                        times.waited_for(cause, perf_counter() - began)
             self._ready = batch
-            feed.waited += 1
+            times.got(perf_counter(), batch=batch is not _END)
             if self._first_after_s is None:
-                self._first_after_s = perf_counter() - feed.began
+                self._first_after_s = perf_counter() - times.began
         except Exception:
             self._release(_Phase.ENDED)
             raise
         finally:
             self._waiting = False
-            feed.wait_s += perf_counter() - max(now, feed.began)
+            times.go_on(perf_counter())
 
     def _open(self) -> Feed:
         check_shuffle(self._consumer, self._pipeline)

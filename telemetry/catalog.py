@@ -192,7 +192,7 @@ def _active(state: "CoordinatorState") -> set[int]:
 
 
 def _barrier_since(state: "CoordinatorState") -> float | None:
-    return min((state.splits[split].arrived_at for split in _arrived(state)), default=None)
+    return min((state.arrived_at[split] for split in _arrived(state)), default=None)
 
 
 def _missing(snapshot: Snapshot) -> list[float]:
@@ -211,11 +211,10 @@ def _wait_ages(snapshot: Snapshot) -> dict[str, float]:
     state, now = snapshot.state, snapshot.now
     starting = state.epochs_now is not None and state.epochs_now.phase is Phase.STARTING
     pump = state.pump.value
-    pulls = (split.pulled_at for split in state.splits)
     return {
         "barrier": _since(_barrier_since(state), now),
         "start": _since(state.opened_at if starting else None, now),
-        "pull": max((_since(pulled_at, now) for pulled_at in pulls), default=0.0),
+        "pull": _since(min(tuple(state.pulled_at.values()), default=None), now),
         "lock": _since(state.guard_locked_at, now),
         "dataset": _since(pump.since if pump.blocked_on == "dataset" else None, now),
         "consumers": _since(pump.since if pump.blocked_on == "consumers" else None, now),
@@ -224,10 +223,11 @@ def _wait_ages(snapshot: Snapshot) -> dict[str, float]:
 
 
 def _split_waits(snapshot: Snapshot) -> Iterable[float]:
-    arrived = _arrived(snapshot.state)
-    for number, split in enumerate(snapshot.state.splits):
-        began = split.arrived_at if number in arrived else split.pulled_at
-        yield _since(began, snapshot.now)
+    state = snapshot.state
+    arrived, pulled_at = _arrived(state), state.pulled_at
+    for split in range(len(state.splits)):
+        since = state.arrived_at if split in arrived else pulled_at
+        yield _since(since.get(split), snapshot.now)
 
 
 def _batch_ages(snapshot: Snapshot) -> Iterable[float]:
@@ -241,10 +241,10 @@ def _silences(snapshot: Snapshot) -> Iterable[float]:
     state = snapshot.state
     waiting_since = _barrier_since(state)
     arrived, active = _arrived(state), _active(state) if state.is_running else set()
-    dead = _dead(snapshot)
+    dead, pulled_at = _dead(snapshot), state.pulled_at
     for number, split in enumerate(state.splits):
         awaited = waiting_since is not None and number not in arrived
-        its_turn = dead[number] or awaited or (number in active and split.pulled_at is None)
+        its_turn = dead[number] or awaited or (number in active and number not in pulled_at)
         began = waiting_since if split.heard_at is None else split.heard_at
         yield _since(began if its_turn else None, snapshot.now)
 
@@ -259,6 +259,13 @@ def _epoch_rows(snapshot: Snapshot) -> dict[str, float]:
         "committed": sum(log.committed_rows for log in ledger.logs),
         "truncated": ledger.truncated_rows,
     }
+
+
+def _waiting_bytes(snapshot: Snapshot) -> list[float]:
+    ledger = snapshot.state.ledger
+    if ledger is None:
+        return [0] * len(snapshot.state.splits)
+    return [log.waiting_bytes for log in ledger.logs]
 
 
 def _committed(state: "CoordinatorState") -> list[int]:
@@ -529,13 +536,7 @@ CATALOG = (
         "Bytes of blocks assigned to the split that its consumer has not begun, delivered or not.",
         "splits",
         "Bytes waiting",
-        _splits(
-            lambda snapshot: (
-                [log.waiting_bytes for log in snapshot.state.ledger.logs]
-                if snapshot.state.ledger
-                else [0] * len(snapshot.state.splits)
-            )
-        ),
+        _splits(_waiting_bytes),
         over_splits="max",
     ),
     Metric(
@@ -557,7 +558,7 @@ CATALOG = (
         "Bytes that may wait for each split, and one block more.",
         "splits",
         "Bytes waiting",
-        _whole(lambda state: state.prefetch_bytes),
+        _whole(lambda state: 0 if state.ledger is None else state.ledger.budget_bytes),
         over_splits="max",
     ),
     Metric(

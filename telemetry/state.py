@@ -7,16 +7,20 @@ began: so they grow while nothing happens at all.
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add, sub
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from asyncsplit.core.epochs import Epochs, Phase
 from asyncsplit.core.ledger import Ledger
 from asyncsplit.core.liveness import Liveness
 from asyncsplit.core.routing import EqualRouter
 from asyncsplit.telemetry import catalog
+
+if TYPE_CHECKING:
+    from asyncsplit.distribution import Distribution
+    from asyncsplit.wire import Delivery
 
 STALL_WINDOW_S = 10.0
 """Of how many seconds of a consumer's iterating, at least, its stall ratio is."""
@@ -77,6 +81,88 @@ def _combine(
     totals: Any = map(operator, one[:_WAITED], other[:_WAITED])
     waited = tuple(map(operator, one.waited, other.waited))
     return ConsumerCounters._make((*totals, waited, present.backlog_bytes, present.lag_s))
+
+
+class StreamTimes:
+    """What one stream's consumer does with its time; seconds of any clock that moves forward."""
+
+    __slots__ = (
+        *("barrier_s", "began", "data_s", "first_s", "firsts", "lag_s", "started_at"),
+        *("transfer_s", "wait_s", "waited", "waiting_since", "waits"),
+    )
+
+    def __init__(self, now: float) -> None:
+        """Begin with the request for the first batch."""
+        self.began = self.started_at = now
+        self.waits = 0
+        self.wait_s = self.barrier_s = self.data_s = self.transfer_s = 0.0
+        self.firsts = 0
+        self.first_s = 0.0
+        self.waited = [0] * (len(catalog.WAIT_BOUNDS) + 1)
+        self.lag_s = 0.0
+        """The longest that other tasks took since it was read last."""
+        self.waiting_since: float | None = None
+
+    def wait(self, asked_at: float) -> None:
+        """Note that the loop has to wait for what it asked for."""
+        self.waiting_since = max(asked_at, self.began)
+
+    def waited_for(self, cause: Literal["barrier", "data", "transfer"], seconds: float) -> None:
+        """Note what the loop waited for."""
+        if cause == "barrier":
+            self.barrier_s += seconds
+        elif cause == "data":
+            self.data_s += seconds
+        else:
+            self.transfer_s += seconds
+
+    def got(self, now: float, *, batch: bool) -> None:
+        """Note that the wait brought a batch, or the end."""
+        assert self.waiting_since is not None
+        self.waited[bisect_left(catalog.WAIT_BOUNDS, now - self.waiting_since)] += 1
+        self.waits += batch
+        if batch and not self.firsts:
+            self.firsts = 1
+            self.first_s = now - self.started_at
+
+    def go_on(self, now: float) -> None:
+        """Note that the loop waits no more, whatever it has got."""
+        self.wait_s = self.wait_s_at(now)
+        self.waiting_since = None
+
+    def wait_s_at(self, now: float) -> float:
+        """Return how long the loop has waited, the wait in progress included."""
+        return self.wait_s + (0.0 if self.waiting_since is None else now - self.waiting_since)
+
+    def totals(
+        self,
+        now: float,
+        *,
+        rows: int,
+        batches: int,
+        blocks: int,
+        size_bytes: int,
+        backlog_bytes: int,
+    ) -> ConsumerCounters:
+        """Return what the consumer reports of the stream; the longest lag is of the time since."""
+        lag_s, self.lag_s = self.lag_s, 0.0
+        return ConsumerCounters(
+            rows,
+            batches,
+            blocks,
+            size_bytes,
+            self.waits,
+            self.wait_s_at(now),
+            now - self.began,
+            self.barrier_s,
+            self.data_s,
+            self.transfer_s,
+            self.firsts,
+            self.first_s,
+            tuple(self.waited),
+            backlog_bytes,
+            lag_s,
+        )
 
 
 class Histogram:
@@ -148,10 +234,6 @@ class SplitState:
     """When the consumer's last message came."""
     batch_at: float = 0.0
     """When a message came that told of another batch; or when the stream began."""
-    arrived_at: float = 0.0
-    """When the consumer began to wait at the barrier."""
-    pulled_at: float | None = None
-    """Since when a pull has been waiting for blocks."""
     start_s: float = 0.0
     """How long after the barrier had opened the news of that reached the consumer."""
     ready_since: int = 0
@@ -192,14 +274,15 @@ class CoordinatorState:
     splits: list[SplitState]
     name: str = "dataset"
     """What the user calls the dataset: a label must not change from run to run, as ids do."""
-    prefetch_bytes: int = 0
-    """Each split's budget."""
     started_at: float = field(default_factory=time.time)
 
+    distribution: "Callable[[], Distribution] | None" = None
+    """What the coordinator distributes now: not held, or its blocks would be kept."""
     epochs_now: Epochs | None = None
-    ledger: Ledger | None = None
     liveness: Liveness | None = None
-    """The coordinator's own, only read here: whole numbers, and membership of sets."""
+    """The coordinator's own, only read here: numbers, and the members of sets and dicts."""
+    arrived_at: Mapping[int, float] = field(default_factory=dict)
+    """When splits came to the barrier the last time."""
     pump: PumpClock = field(default_factory=PumpClock)
     executor: ExecutorState = "idle"
     tick_due: float | None = None
@@ -242,9 +325,30 @@ class CoordinatorState:
     loop_lag: Histogram = field(default_factory=lambda: Histogram(catalog.LAG_BOUNDS))
 
     @classmethod
-    def of(cls, dataset: str, n: int, name: str | None = None) -> "CoordinatorState":
+    def of(
+        cls,
+        dataset: str,
+        n: int,
+        name: str | None = None,
+        distribution: "Callable[[], Distribution] | None" = None,
+    ) -> "CoordinatorState":
         """Return the state of a coordinator of ``n`` splits, all zero."""
-        return cls(dataset, [SplitState() for _ in range(n)], name or "dataset")
+        splits = [SplitState() for _ in range(n)]
+        return cls(dataset, splits, name or "dataset", distribution=distribution)
+
+    def watch(self, epochs: Epochs, liveness: Liveness, arrived_at: Mapping[int, float]) -> None:
+        """Read these, too, at each scrape."""
+        self.epochs_now, self.liveness, self.arrived_at = epochs, liveness, arrived_at
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """The ledger of the epoch under way."""
+        return None if self.distribution is None else self.distribution().ledger
+
+    @property
+    def pulled_at(self) -> Mapping[int, float]:
+        """When the pulls came that wait for blocks."""
+        return {} if self.distribution is None else self.distribution().waiting_since
 
     def meet(
         self,
@@ -282,29 +386,26 @@ class CoordinatorState:
         if more.firsts:
             self.first_batch.observe(state.start_s + more.first_s / more.firsts, more.firsts)
 
-    def arrive(self, split: int) -> None:
-        """Note that a consumer has come to the barrier, to wait there."""
-        self.arrivals += 1
-        self.splits[split].arrived_at = time.monotonic()
-
     def replace(self, split: int) -> None:
         """Note that a consumer goes on where another one died."""
         self.rejoins["consumer_died"] += 1
         state = self.splits[split]
-        state.start_s, state.batch_at, state.pulled_at = 0.0, time.monotonic(), None
+        state.start_s, state.batch_at = 0.0, time.monotonic()
 
-    def send(self, split: int, begin: int, rows: Sequence[int]) -> None:
-        """Note that slices with so many rows, from number ``begin`` on, are sent to a split."""
+    def send(self, split: int, delivery: "Delivery") -> None:
+        """Note what is sent to a split."""
         state = self.splits[split]
-        if begin < state.sent_seq:
-            self.redelivered_rows += sum(rows[: state.sent_seq - begin])
-        state.sent_seq = max(state.sent_seq, begin + len(rows))
+        if (again := state.sent_seq - delivery.cursor) > 0:
+            rows = sum(part.stop - part.start for part in delivery.slices[:again])
+            self.redelivered_rows += max(0, rows - delivery.skip_rows)
+        state.sent_seq = max(state.sent_seq, delivery.cursor + len(delivery.slices))
 
-    def epoch_opened(self, arrived: Sequence[int]) -> None:
-        """Note that the barrier opens, for those who have arrived."""
+    def epoch_opened(self) -> None:
+        """Note that the barrier has opened."""
         self.opened_at = now = time.monotonic()
-        first = min((self.splits[split].arrived_at for split in arrived), default=now)
-        self.barrier_wait.observe(now - first)
+        active = () if self.epochs_now is None else self.epochs_now.active
+        first = min((self.arrived_at[split] for split in active), default=now)
+        self.barrier_wait.observe(max(0.0, now - first))
 
     def epoch_started(self) -> None:
         """Note that the executor of the epoch has started."""
@@ -312,8 +413,7 @@ class CoordinatorState:
         start_s = 0.0 if self.opened_at is None else now - self.opened_at
         self.executor_start.observe(start_s)
         for state in self.splits:
-            state.start_s, state.batch_at = start_s, now
-            state.pulled_at, state.sent_seq = None, 0
+            state.start_s, state.batch_at, state.sent_seq = start_s, now, 0
 
     def epoch_ended(self, outcome: str) -> None:
         """Note how the epoch has ended, and what nobody got of it."""
@@ -321,17 +421,21 @@ class CoordinatorState:
         if self.opened_at is not None:
             self.epoch_duration.observe(time.monotonic() - self.opened_at)
             self.opened_at = None
-        if self.ledger is not None:
-            equal = isinstance(self.ledger.router, EqualRouter)
-            by_shares = self.ledger.router.truncated_rows if equal else 0
+        if (ledger := self.ledger) is not None:
+            equal = isinstance(ledger.router, EqualRouter)
+            by_shares = ledger.router.truncated_rows if equal else 0
             self.truncated_rows["equal"] += by_shares
-            self.truncated_rows["left_early"] += self.ledger.truncated_rows - by_shares
+            self.truncated_rows["left_early"] += ledger.truncated_rows - by_shares
 
-    def tick(self, due: float | None) -> None:
-        """Note that the event loop's timer has come, and when it comes next."""
+    def tick_in(self, seconds: float) -> None:
+        """Note that the event loop's timer is to come so soon."""
+        self.tick_due = time.monotonic() + seconds
+
+    def ticked(self) -> None:
+        """Note that it has come."""
         if self.tick_due is not None:
             self.loop_lag.observe(max(0.0, time.monotonic() - self.tick_due))
-        self.tick_due = due
+        self.tick_due = None
 
     @property
     def delivered(self) -> ConsumerCounters:

@@ -268,7 +268,8 @@ class Ledger:
         self.produced_rows = 0
         self.finished = False
         self.leased_bytes = 0
-        self._budget = budget_bytes
+        self.budget_bytes = budget_bytes
+        """Bytes that may wait for each split, but for the last block."""
         self._closed = False
         self._hungry = set(range(n))
         self._full: set[int] = set()
@@ -339,7 +340,7 @@ class Ledger:
         return [
             split
             for split in self.router.wanted_by(self._hungry)
-            if not self.logs[split].left and self.logs[split].waiting_bytes >= self._budget
+            if not self.logs[split].left and self.logs[split].waiting_bytes >= self.budget_bytes
         ]
 
     def exhausted(self, split: int) -> bool:
@@ -362,14 +363,14 @@ class Ledger:
             return 0
         wanted = self.router.wanted_by(self._hungry)
         if not any(
-            self.logs[split].left or self.logs[split].waiting_bytes < self._budget
+            self.logs[split].left or self.logs[split].waiting_bytes < self.budget_bytes
             for split in wanted
         ):
             return 0
-        return max(1, self._budget - max(present))
+        return max(1, self.budget_bytes - max(present))
 
     def _sort(self, split: int) -> None:
         """Keep the sets of splits that could use a part at once, and that have enough."""
         log = self.logs[split]
         (self._hungry.discard if log.waiting or log.left else self._hungry.add)(split)
-        (self._full.add if log.waiting_bytes >= self._budget else self._full.discard)(split)
+        (self._full.add if log.waiting_bytes >= self.budget_bytes else self._full.discard)(split)
