@@ -41,6 +41,11 @@ LABELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _own_discovery_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
 def registry_of(state: CoordinatorState) -> CollectorRegistry:
     registry = CollectorRegistry(auto_describe=True)
     registry.register(StateCollector(state))
