@@ -19,7 +19,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
         (figure["name"], ratio)
         for result in results.values()
         for figure in result["figures"]
-        if figure["class"] == "same work" and figure["unit"] != "bytes"
+        if figure["class"] == "same work" and figure["unit"] in ("us", "ms", "s")
         for ratio in figure["ratios"]
         if (ratio["over"], ratio["under"]) == ("ray", "asyncsplit")
     ]

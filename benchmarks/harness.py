@@ -244,7 +244,7 @@ class Bench:
         measured: Rounds = {side: [] for side in turns}
         for _ in range(rounds or self.rounds):
             for side, run in turns.items():
-                _wait_for_quiet(0.3 if self.quick else 3.0)
+                wait_for_quiet(0.3 if self.quick else 3.0)
                 turn = run()
                 if rows is not None and turn.rows != rows:
                     raise AssertionError(f"{side} read {turn.rows} rows of {rows}")
@@ -252,7 +252,7 @@ class Bench:
         return measured
 
 
-def _wait_for_quiet(at_most_s: float) -> None:
+def wait_for_quiet(at_most_s: float) -> None:
     """Let a burst of other work pass, for a while: it would fall on one side alone."""
     give_up = perf_counter() + at_most_s
     while perf_counter() < give_up:

@@ -1,4 +1,4 @@
-"""The workloads, in order of importance; each returns its figures."""
+"""The workloads, in order; each returns its figures. Those with code of their own have modules."""
 
 import asyncio
 import heapq
@@ -22,7 +22,6 @@ from benchmarks.harness import (
     Bench,
     Figure,
     Round,
-    Rounds,
     Target,
     arrivals,
     close,
@@ -31,6 +30,10 @@ from benchmarks.harness import (
     table_blocks,
     values,
 )
+from benchmarks.images import images
+from benchmarks.many import many
+from benchmarks.orientation import orientation
+from benchmarks.stream import stream
 from benchmarks.worker import Job, Ticks, percentiles, views
 
 BY_HAND = "by hand"
@@ -423,34 +426,6 @@ def telemetry(bench: Bench) -> list[Figure]:
     return figures
 
 
-def many(bench: Bench) -> list[Figure]:
-    """Many consumers, several in each of four processes."""
-    figures = []
-    for n in (32,) if bench.quick else (16, 64, 128):
-        ds = table_blocks(8 * n, 1_024, 4)
-        rounds: Rounds = bench.compare(
-            ds,
-            n,
-            {"batch_size": 256, "batch_format": "numpy"},
-            processes=4,
-            rounds=bench.pick(5, 3),
-        )
-        figures.append(
-            Figure(
-                f"consumers-{n}",
-                f"{n} consumers in 4 processes, 8 blocks of 1,024 rows each, numpy batches of 256"
-                " rows: the whole epoch. Ours in one event loop per process, Ray's in one thread"
-                " per consumer",
-                "ms",
-                "same work",
-                values(rounds, lambda turn: turn.epoch_ms),
-                [Target(RAY, OURS, at_least=8 if n == 128 else None)],
-                details={"cost": cost(rounds)},
-            )
-        )
-    return figures
-
-
 def way(bench: Bench) -> list[Figure]:
     """What the single steps of a block's and a batch's way cost, one after the other."""
     number, rows = 640, 125_000
@@ -569,5 +544,8 @@ ALL = {
         telemetry,
         many,
         way,
+        images,
+        stream,
+        orientation,
     )
 }
