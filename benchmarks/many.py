@@ -100,7 +100,9 @@ def _epoch(n: int, ray_rounds: int, turns: Rounds) -> Figure:
     )
 
 
-def _read(bench: Bench, n: int, our_rounds: int, ray_rounds: int) -> tuple[Rounds, dict[str, Peak]]:
+def _read(
+    bench: Bench, n: int, number: int, our_rounds: int, ray_rounds: int
+) -> tuple[Rounds, dict[str, Peak]]:
     ds = table_blocks(number, ROWS, 4)
     blocks = (ray.get(entry) for entry in ds.get_internal_block_refs())
     known = number * ROWS, sum(map(checksum, blocks)) % 2**64

@@ -80,9 +80,6 @@ def stream(bench: Bench) -> list[Figure]:
     samples = {side: [Sample(*s) for s in result["samples"]] for side, result in results.items()}
     figures = []
     for process in ("consumer", "coordinator"):
-        samples = {
-            side: [Sample(*s) for s in result["samples"]] for side, result in results.items()
-        }
         raw: dict[str, list[float]] = {}
         for side, taken in samples.items():
             early, late = _early_and_late(taken, f"{process}_mib")
