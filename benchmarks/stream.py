@@ -13,6 +13,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -62,20 +63,29 @@ class Reader:
         """Return the process id."""
         return os.getpid()
 
-    def read(self, side: str, it: Any) -> Reading:
+    def read(self, side: str, it: Any, pause_s: float) -> Reading:
         """Read one epoch; ours with `async for`, Ray's with `for`."""
         batches = it.iter_batches(batch_size=BATCH, batch_format="numpy")
-        return asyncio.run(_drain_async(batches)) if side == OURS else _drain(batches)
+        if side == OURS:
+            return asyncio.run(_drain_async(batches, pause_s))
+        return _drain(batches, pause_s)
 
 
 def stream(bench: Bench) -> list[Figure]:
     """A stream of 20 GB through an object store of 1 GB."""
-    size_mb, store_mb = bench.pick(20_000, 1_000), bench.pick(1_000, 400)
-    results: dict[str, Any] = {side: _run(side, size_mb, store_mb) for side in (OURS, RAY)}
+    if bench.quick:
+        return _stream("stream", 1_000, 400, 0.0)
+    # Consumers that pause are slower than the dataset, so what may be kept ahead of them is.
+    return _stream("stream", 20_000, 1_000, 0.0) + _stream("stream-slow", 5_000, 1_000, 0.05)
+
+
+def _stream(name: str, size_mb: int, store_mb: int, pause_s: float) -> list[Figure]:
+    results: dict[str, Any] = {side: _run(side, size_mb, store_mb, pause_s) for side in (OURS, RAY)}
     setting = (
         f"{size_mb / 1e3:g} GB of uint8 and float64 arrays, made by map_batches, through an object"
-        f" store of {store_mb} MB to {CONSUMERS} consumers, numpy batches of {BATCH} rows; one run"
-        " of each side in a cluster of its own"
+        f" store of {store_mb} MB to {CONSUMERS} consumers, numpy batches of {BATCH} rows"
+        + (f", each sleeping {1e3 * pause_s:g} ms after a batch" if pause_s else "")
+        + "; one run of each side in a cluster of its own"
     )
     samples = {side: [Sample(*s) for s in result["samples"]] for side, result in results.items()}
     figures = []
@@ -86,14 +96,15 @@ def stream(bench: Bench) -> list[Figure]:
             raw |= {side: [late], f"{side}, early": [early]}
         figures.append(
             Figure(
-                f"stream-{process}",
+                f"{name}-{process}",
                 f"{setting}: private resident memory of the {process} in the last tenth of the"
                 " stream; beside it, early: in the second tenth",
                 "MiB",
                 "same work",
                 raw,
                 [
-                    Target(RAY, OURS, at_least=1),
+                    # Not above Ray's, as far as processes that do the same are alike.
+                    Target(RAY, OURS, at_least=0.98),
                     Target(OURS, f"{OURS}, early", at_most=1.05),
                     Target(RAY, f"{RAY}, early"),
                 ],
@@ -112,7 +123,7 @@ def stream(bench: Bench) -> list[Figure]:
     return [
         *figures,
         Figure(
-            "stream-store",
+            f"{name}-store",
             f"{setting}: the most that the object store held",
             "MiB",
             "same work",
@@ -127,7 +138,7 @@ def stream(bench: Bench) -> list[Figure]:
             },
         ),
         Figure(
-            "stream-time",
+            f"{name}-time",
             f"{setting}: from the first batch to the end",
             "s",
             "same work",
@@ -146,8 +157,9 @@ def _early_and_late(samples: Sequence[Sample], name: str) -> tuple[float, float]
     return statistics.median(tenths[0]), statistics.median(tenths[1])
 
 
-def _run(side: str, size_mb: int, store_mb: int) -> Any:
-    command = [sys.executable, "-m", "benchmarks.stream", side, str(size_mb), str(store_mb)]
+def _run(side: str, size_mb: int, store_mb: int, pause_s: float) -> Any:
+    arguments = [side, *map(str, (size_mb, store_mb, pause_s))]
+    command = [sys.executable, "-m", "benchmarks.stream", *arguments]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         output, _ = process.communicate()
@@ -183,25 +195,29 @@ def _expected(rows: int) -> int:
     return int((ids % 251).sum()) * (BYTES // 4096) + int(ids.sum()) * (FLOATS // 512)
 
 
-async def _drain_async(batches: AsyncIterator[dict[str, Any]]) -> Reading:
+async def _drain_async(batches: AsyncIterator[dict[str, Any]], pause_s: float) -> Reading:
     first, rows, checksum = 0.0, 0, 0
     async for batch in batches:
         first = first or perf_counter()
         rows += len(batch["image"])
         checksum += _sum(batch)
+        if pause_s:
+            await asyncio.sleep(pause_s)
     return Reading(first, perf_counter(), rows, checksum)
 
 
-def _drain(batches: Iterator[dict[str, Any]]) -> Reading:
+def _drain(batches: Iterator[dict[str, Any]], pause_s: float) -> Reading:
     first, rows, checksum = 0.0, 0, 0
     for batch in batches:
         first = first or perf_counter()
         rows += len(batch["image"])
         checksum += _sum(batch)
+        if pause_s:
+            time.sleep(pause_s)
     return Reading(first, perf_counter(), rows, checksum)
 
 
-def _one_side(side: str, size_mb: int, store_mb: int) -> dict[str, Any]:
+def _one_side(side: str, size_mb: int, store_mb: int, pause_s: float) -> dict[str, Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     context = ray.init(
         # The benchmark's own cluster runs beside it.
@@ -224,7 +240,9 @@ def _one_side(side: str, size_mb: int, store_mb: int) -> dict[str, Any]:
     pids = ray.get([reader.pid.remote() for reader in readers])
     coordinator = coordinator_of(its[0])
     spill = Path(context.address_info["session_dir"])
-    pending = [reader.read.remote(side, it) for reader, it in zip(readers, its, strict=True)]
+    pending = [
+        reader.read.remote(side, it, pause_s) for reader, it in zip(readers, its, strict=True)
+    ]
     samples, spilled_mib = [], 0.0
     while not _all_done(pending):
         spilled_mib = max(spilled_mib, _spilled_mib(spill))
@@ -277,6 +295,7 @@ def main() -> None:
     parser.add_argument("side", choices=[OURS, RAY])
     parser.add_argument("size_mb", type=int)
     parser.add_argument("store_mb", type=int)
+    parser.add_argument("pause_s", type=float)
     try:
         result = _one_side(**vars(parser.parse_args()))
     finally:
