@@ -75,8 +75,8 @@ class Reader:
 
 def images(bench: Bench) -> list[Figure]:
     """Parquet files, decoded into images of 224 x 224 x 3 bytes, in batches of 64."""
-    ways: list[Collate] = ["numpy", "torch"]
-    if not importlib.util.find_spec("torch"):
+    ways: list[Collate] = ["numpy"] if bench.quick else ["numpy", "torch"]
+    if "torch" in ways and not importlib.util.find_spec("torch"):
         ways.remove("torch")
         warnings.warn(
             "images are not collated as tensors: torch is not installed,"

@@ -103,7 +103,7 @@ def _stream(name: str, size_mb: int, store_mb: int, pause_s: float) -> list[Figu
                 "same work",
                 raw,
                 [
-                    # Not above Ray's, as far as processes that do the same are alike.
+                    # Not above Ray's: one run of each does not tell smaller differences apart.
                     Target(RAY, OURS, at_least=0.98),
                     Target(OURS, f"{OURS}, early", at_most=1.05),
                     Target(RAY, f"{RAY}, early"),
