@@ -1,14 +1,16 @@
 """Files that tell Prometheus, and `asyncsplit top`, which coordinators of a node serve metrics.
 
-Each coordinator has one file, in the format of Prometheus' ``file_sd_configs``, and holds a lock on
-it. The kernel lets go of the lock of a process that is killed, so that what it has left behind
-shows as such, whoever has its process id by then.
+Each coordinator has one file, in the format of Prometheus' ``file_sd_configs``. Ray kills the
+coordinator of a driver that shuts down, so a shell waits for the end of the coordinator, however it
+comes, and removes the file. Should it be killed, too, the file still shows as dead: the coordinator
+has held a lock on it, which the kernel lets go of, whoever has its process id by then.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +46,7 @@ class Entry:
         prefix = f"{target.pid}-"
         handle, temporary = tempfile.mkstemp(prefix=prefix, suffix=".tmp", dir=directory)
         self._file = os.fdopen(handle, "w")
+        self._life: int | None = None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             os.fchmod(handle, 0o644)  # Prometheus runs as somebody else
@@ -55,11 +58,17 @@ class Entry:
             self._file.close()
             Path(temporary).unlink(missing_ok=True)
             raise
+        # Without a shell it is the next coordinator that removes the file.
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            self._life = _remove_at_exit(self.path.absolute())
 
     def withdraw(self) -> None:
         """Remove the file; doing so twice is no error."""
         self.path.unlink(missing_ok=True)
         self._file.close()
+        if self._life is not None:
+            os.close(self._life)
+            self._life = None
 
 
 def sweep(directory: Path) -> None:
@@ -79,6 +88,29 @@ def targets(directory: Path) -> list[Target]:
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 found.extend(_parse(json.load(file)))
     return sorted(found)
+
+
+def _remove_at_exit(path: Path) -> int:
+    """Have a file removed when the descriptor returned is closed, at the latest by the kernel."""
+    end, descriptor = os.pipe()
+    try:
+        subprocess.run(
+            # In the background, so that it is no child of ours: Ray would kill that one, too.
+            ["/bin/sh", "-c", 'exec 3<&0; { read -r _ <&3; rm -f -- "$0"; } &', path],
+            stdin=end,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            # A signal to our process group, such as that of Ctrl-C, is not for it.
+            start_new_session=True,
+            cwd="/",
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        os.close(descriptor)
+        raise
+    finally:
+        os.close(end)
+    return descriptor
 
 
 def _provide(directory: Path) -> None:

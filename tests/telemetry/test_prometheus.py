@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from asyncsplit.options import TelemetryConfig
-from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS
+from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, WAIT_BOUNDS
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 
@@ -37,9 +37,12 @@ def tool(name: str) -> str:
 
 
 class Prometheus:
-    """A running server that scrapes two states, and its HTTP API."""
+    """A running server that scrapes what it finds in a directory, and its HTTP API."""
 
-    def __init__(self, address: str, few: CoordinatorState, many: CoordinatorState) -> None:
+    def __init__(
+        self, address: str, directory: str, few: CoordinatorState, many: CoordinatorState
+    ) -> None:
+        self.directory = directory
         self.few = few
         self.many = many
         self._api = f"http://{address}/api/v1"
@@ -66,13 +69,12 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
     few = CoordinatorState.of("id", 2, "few")
     many = CoordinatorState.of("id", MAX_SPLIT_LABELS + 1, "many")
     with contextlib.ExitStack() as stack:
-        targets = []
+        found = directory / "found"
         for state in (few, many):
-            endpoint = Endpoint.serve(state, TelemetryConfig())
+            endpoint = Endpoint.serve(state, TelemetryConfig(discovery_dir=str(found)))
             assert endpoint is not None
             stack.enter_context(contextlib.closing(endpoint))
-            targets.append(urllib.parse.urlsplit(endpoint.url).netloc)
-        job = {"job_name": "asyncsplit", "static_configs": [{"targets": targets}]}
+        job = {"job_name": "asyncsplit", "file_sd_configs": [{"files": [f"{found}/*.json"]}]}
         config = {"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]}
         (directory / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
         command = [
@@ -91,15 +93,16 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
                 break
         listening = re.search(r'msg="Listening on" address=(\S+)', log)
         assert listening is not None, log
-        server_api = Prometheus(listening[1], few, many)
-        server_api.wait_for("sum(up)", lambda up: up == {"": len(targets)})
+        server_api = Prometheus(listening[1], str(found), few, many)
+        server_api.wait_for("sum(up)", lambda up: up == {"": 2})
         yield server_api
 
 
 def test_every_metric_arrives_with_its_type_unit_and_help(prometheus: Prometheus) -> None:
     names = set(prometheus.call("label/__name__/values"))
+    parts = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
     assert {name for name in names if name.startswith("asyncsplit")} == {
-        metric.name for metric in CATALOG
+        f"{metric.name}{part}" for metric in CATALOG for part in parts[metric.kind]
     }
     assert prometheus.call("metadata") == {
         metric.name.removesuffix("_total"): [
@@ -140,9 +143,35 @@ def test_sums_are_right_with_more_splits_than_labels(prometheus: Prometheus) -> 
     assert prometheus.query(f"count({rows})") == {"": 1}
 
 
+def test_a_quantile_of_waits_is_in_the_bucket_of_the_waits(prometheus: Prometheus) -> None:
+    state = prometheus.few
+    waited = [0] * (len(WAIT_BOUNDS) + 1)
+    waited[WAIT_BOUNDS.index(5.0)] = 10
+    state.meet(0, "a", 700)
+    state.update(0, "a", ConsumerCounters(batches=10, waits=10, wait_s=30.0, waited=tuple(waited)))
+    buckets = 'increase(asyncsplit_batch_wait_seconds_bucket{dataset="few"}[1h])'
+    prometheus.wait_for(
+        f"histogram_quantile(0.5, {buckets})", lambda median: 1.0 < median.get("", 0) <= 5.0
+    )
+
+
+def test_a_coordinator_is_scraped_from_its_beginning_to_its_end(prometheus: Prometheus) -> None:
+    endpoint = Endpoint.serve(
+        CoordinatorState.of("id", 3, "brief"), TelemetryConfig(discovery_dir=prometheus.directory)
+    )
+    assert endpoint is not None
+    up = f'up{{instance="{urllib.parse.urlsplit(endpoint.url).netloc}"}}'
+    with contextlib.closing(endpoint):
+        prometheus.wait_for(up, lambda value: value == {"": 1})
+        prometheus.wait_for('asyncsplit_splits{dataset="brief"}', lambda n: n == {"": 3})
+    # Not down: gone.
+    prometheus.wait_for(up, lambda value: value == {})
+
+
 def test_promtool_finds_nothing_to_complain_about() -> None:
     promtool = tool("promtool")
-    endpoint = Endpoint.serve(CoordinatorState.of("id", 2), TelemetryConfig())
+    config = TelemetryConfig(discovery_dir=False)
+    endpoint = Endpoint.serve(CoordinatorState.of("id", 2), config)
     assert endpoint is not None
     with contextlib.closing(endpoint):
         text = get(endpoint.url)

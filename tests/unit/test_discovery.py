@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_coordinators_come_and_go(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_who_was_killed_is_not_found_and_the_next_one_clears_up(tmp_path: Path) -> None:
+def test_the_file_of_who_was_killed_goes_away(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", LIVE, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -66,11 +67,22 @@ def test_who_was_killed_is_not_found_and_the_next_one_clears_up(tmp_path: Path) 
         assert targets(tmp_path) == [OTHER]
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (left,) = files(tmp_path)
+    assert targets(tmp_path) == [], "at once, whether the file is there or not"
+    while files(tmp_path):
+        time.sleep(0.01)
+
+
+def test_a_file_that_nobody_holds_is_not_believed_and_the_next_one_clears_up(
+    tmp_path: Path,
+) -> None:
+    entry = Entry(tmp_path, OTHER)
+    (tmp_path / "left.json").write_text(entry.path.read_text())
+    assert targets(tmp_path) == [OTHER]
+    entry.withdraw()
     assert targets(tmp_path) == []
     entry = Entry(tmp_path, ONE)
     assert targets(tmp_path) == [ONE]
-    assert left not in files(tmp_path)
+    assert files(tmp_path) == [entry.path.name]
     entry.withdraw()
 
 

@@ -305,8 +305,8 @@ TOTALS = slice(0, ConsumerCounters._fields.index("backlog_bytes"))
 
 
 def flattened(counters: ConsumerCounters) -> list[float]:
-    numbers = [value for value in counters[TOTALS] if not isinstance(value, tuple)]
-    return [*numbers, *counters.waited]
+    values: tuple[Any, ...] = counters[TOTALS]
+    return [value for value in values if value is not counters.waited] + list(counters.waited)
 
 
 class Stint(NamedTuple):
