@@ -959,7 +959,38 @@ on. Ages are computed when they are asked for, so they grow while nothing happen
 `dataset` is the name given with `Dataset.set_name`, or `dataset`. `split` is the index of a split.
 With more than {MAX_SPLIT_LABELS} splits, `split` is empty in counters, and one series counts for
 all of them; gauges have a series for each of the {WORST} worst splits only. So `sum` of a counter
-and `max` of a gauge are right with any number of splits.
+and `max` of a gauge are right with any number of splits, and of `asyncsplit_split_ready_batches`
+the `min`.
+
+A consumer is heard of when its loop asks for a batch, once a second at most while batches are
+ready. One that trains on a batch for long cannot be told from one that is stuck.
+
+## Ways out
+
+- **Prometheus.** Each coordinator writes a file to `asyncsplit-<user id>` in the temporary
+  directory of its node, or to `TelemetryConfig(discovery_dir=...)`, and the file goes when the
+  coordinator ends, however that happens. Prometheus reads such files with
+
+  ```yaml
+  scrape_configs:
+    - job_name: asyncsplit
+      file_sd_configs:
+        - files: ["/tmp/asyncsplit-1000/*.json"]
+  ```
+
+  The labels `__meta_asyncsplit_dataset`, `__meta_asyncsplit_splits` and `__meta_asyncsplit_pid` are
+  there for relabelling.
+- **OpenTelemetry.** `TelemetryConfig(meter_provider=...)` takes a function that returns the
+  `MeterProvider` to use in the coordinator's process. Names are those below, without `_total`. A
+  histogram is a counter of its buckets, `_bucket` with the attribute `le`, and counters `_count`
+  and `_sum`. `TelemetryConfig(otlp_endpoint=...)` pushes OTLP over HTTP every `push_interval_s`,
+  with histograms as such; that needs `asyncsplit[otel]`.
+- **Ray's own metrics.** `TelemetryConfig(ray_metrics=True)` adds them there every
+  `push_interval_s`, with `ray_` before the name and without the label `split`: sums of counters,
+  and the worst split's gauge. Of a histogram there are `_sum` and `_count`, as counters. That needs
+  `ray[default]`.
+
+## Reference
 
 | Metric | Type | Unit | Labels | Meaning | Shown in |
 |---|---|---|---|---|---|

@@ -65,6 +65,24 @@ def test_ports(port: Any) -> None:
         TelemetryConfig(port=port)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"discovery_dir": ""}, TypeError, "discovery_dir='' must be a path, True"),
+        ({"discovery_dir": None}, TypeError, "discovery_dir=None must be a path, True"),
+        ({"meter_provider": 1}, TypeError, "meter_provider=1 must be a function"),
+        ({"otlp_endpoint": "localhost:4318"}, ValueError, "'localhost:4318' must be a URL"),
+        ({"push_interval_s": 0}, ValueError, "push_interval_s=0 must be a number of seconds"),
+        ({"push_interval_s": True}, ValueError, "push_interval_s=True must be a number"),
+    ],
+)
+def test_ways_out_of_metrics(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        TelemetryConfig(**arguments)
+
+
 def test_an_unsupported_ray_is_refused_before_anything_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -305,8 +305,9 @@ TOTALS = slice(0, ConsumerCounters._fields.index("backlog_bytes"))
 
 
 def flattened(counters: ConsumerCounters) -> list[float]:
-    values: tuple[Any, ...] = counters[TOTALS]
-    return [value for value in values if value is not counters.waited] + list(counters.waited)
+    values: list[Any] = list(counters)[TOTALS]
+    *numbers, waited = values
+    return [*numbers, *waited]
 
 
 class Stint(NamedTuple):
