@@ -202,6 +202,8 @@ class Slab:
 
     def batch(self, start: int, stop: int) -> DataBatch:
         """Return rows `start` to `stop` as one batch."""
+        if self._columns is not None:
+            return {name: next(values) for name, values in self._cut(start, stop - start, 1)}
         block = cut(self.block, start, stop)
         if isinstance(block, pa.Table):
             return block if self._format in ("pyarrow", None) else to_batch(block, self._format)
@@ -210,12 +212,19 @@ class Slab:
 
     def run(self, start: int, size: int, count: int) -> Run:
         """Return `count` batches of `size` rows, to be made one by one."""
+        if self._columns is not None:
+            return Run(self._cut(start, size, count), iter(()), count)
+        rows = range(start, start + size * count, size)
+        frame = _arrow_backed(self.block) if self._format == "pandas" and count > 1 else None
+        if frame is not None:
+            return Run(None, (_renumbered(frame.iloc[row : row + size]) for row in rows), count)
+        return Run(None, (self.batch(row, row + size) for row in rows), count)
+
+    def _cut(self, start: int, size: int, count: int) -> list[tuple[str, Iterator[Any]]]:
         stop = start + size * count
         rows = range(start, stop, size)
-        if self._columns is None:
-            return Run(None, (self.batch(row, row + size) for row in rows), count)
         columns: list[tuple[str, Iterator[Any]]] = []
-        for name, column in self._columns.items():
+        for name, column in cast("Columns", self._columns).items():
             if isinstance(column, np.ndarray):
                 values = iter(column[start:stop].reshape(count, size, *column.shape[1:]))
             elif column is not None:
@@ -223,7 +232,7 @@ class Slab:
             else:
                 values = _converted_by_ray(self.block, name, rows)
             columns.append((name, values))
-        return Run(columns, iter(()), count)
+        return columns
 
     def _is_like(self, other: "Slab") -> bool:
         if isinstance(self.block, pd.DataFrame) and isinstance(other.block, pd.DataFrame):
@@ -303,6 +312,20 @@ def _columns(block: Block) -> Columns | None:
         name: _arrow_memory(block, name, column)
         for name, column in zip(names, chunks[0].columns, strict=True)
     }
+
+
+def _arrow_backed(block: Block) -> Any:
+    """Return an Arrow block as a data frame if each slice of that is what upstream makes of it.
+
+    So it is where pandas keeps all columns as Arrow does: a dtype follows from the type alone, and
+    no batch holds more memory than one that was converted by itself.
+    """
+    if _PANDAS_IS_WRITEABLE or not isinstance(block, pa.Table):
+        return None
+    dtypes = to_batch(block.slice(0, 0), "pandas").dtypes
+    if not all(isinstance(dtype, pd.ArrowDtype) for dtype in dtypes):
+        return None
+    return to_batch(block, "pandas")
 
 
 def _series_memory(series: Any) -> Array | None:

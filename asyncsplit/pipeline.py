@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+import pyarrow as pa
 from ray.data.block import Block
 
 from asyncsplit.core.shuffle import ShuffleKey
@@ -182,7 +183,10 @@ class Pipeline:
                 yield None
                 continue
             rows = len(block)
-            batch = [to_batch(block, self._format)]
+            if self._format == "numpy" and isinstance(block, pa.Table):
+                batch = [Slab(block, "numpy").batch(0, rows)]
+            else:
+                batch = [to_batch(block, self._format)]
             del block
             self.rows_out += rows
             self._whole_blocks += 1

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.data import DataContext
 from ray.data.block import BlockAccessor
 
 from asyncsplit import engine
@@ -117,6 +118,40 @@ def test_batches_of_pandas_blocks(
     pipeline = Pipeline(batch_size=batch_size, batch_format=batch_format, drop_last=drop_last)
     batches = list(feed(pipeline, blocks_of(counts, frame)))
     assert_same(batches, expected(counts, frame, batch_size, batch_format, drop_last))
+
+
+@pytest.mark.parametrize("arrow_backed", [True, False])
+@FEWER
+@given(counts=counts_of_rows, batch_size=batch_sizes)
+def test_data_frames_of_arrow_blocks(
+    arrow_backed: bool, counts: list[int], batch_size: int
+) -> None:
+    def make(start: int, stop: int) -> pa.Table:
+        return table(start, stop).drop_columns("none")
+
+    with pytest.MonkeyPatch.context() as patch:
+        context = DataContext.get_current()
+        patch.setattr(context, "enable_arrow_backed_pandas_conversion", arrow_backed)
+        batches = list(
+            feed(Pipeline(batch_size=batch_size, batch_format="pandas"), blocks_of(counts, make))
+        )
+        assert_same(batches, expected(counts, make, batch_size, "pandas", False))
+
+
+def test_writing_to_a_data_frame_changes_no_other() -> None:
+    block = table(0, 12).drop_columns("none")
+    pipeline = Pipeline(batch_size=4, batch_format="pandas")
+    first, second, third = feed(pipeline, [block])
+    second.loc[:, "id"] = -1
+    second.iloc[0, 1] = -1
+    second["new"] = second.pop("text")
+    assert_same(
+        [first, third],
+        [block.slice(row, 4).to_pandas(types_mapper=pd.ArrowDtype) for row in (0, 8)],
+    )
+    assert block.equals(table(0, 12).drop_columns("none"))
+    assert second["id"].to_list() == [-1] * 4
+    assert second["null"].to_list()[1:] == [5, 6, pd.NA]
 
 
 @FEWER
