@@ -472,6 +472,14 @@ def test_use_context_makes_it_the_processs_current_one() -> None:
         engine.use_context(before)
 
 
+def test_a_coordinator_does_not_describe_the_blocks_a_dataset_holds() -> None:
+    engine.use_context(DataContext.get_current())
+    held = ray.data.from_arrow(pa.table({"x": [1]}))
+    for ds in (held, held.materialize()):
+        (operator,) = ds._logical_plan.dag.post_order_iter()
+        assert operator._get_args() == {"_name": operator.name}
+
+
 def test_concat_promotes_types_and_keeps_empty_blocks_out() -> None:
     ints, floats = pa.table({"x": [1, 2]}), pa.table({"x": [0.5]})
     joined = engine.concat_blocks([ints, floats.slice(0, 0), floats])

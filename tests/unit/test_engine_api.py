@@ -20,6 +20,7 @@ INTERFACES = "ray.data._internal.execution.interfaces"
 EXECUTOR = "ray.data._internal.execution.streaming_executor.StreamingExecutor"
 BUILDER = "ray.data._internal.delegating_block_builder.DelegatingBlockBuilder"
 BUNDLE = f"{INTERFACES}.ref_bundle"
+SOURCES = "ray.data._internal.logical.operators"
 
 
 def moved(what: str) -> str:
@@ -84,6 +85,8 @@ def test_the_installed_ray_is_supported() -> None:
         (f"{BUILDER}.add_block", ["self", "block"], {}),
         (f"{BUILDER}.build", ["self"], {}),
         ("ray.data.context.DataContext._set_current", ["context"], {}),
+        (f"{SOURCES}.AbstractFrom._get_args", ["self"], {}),
+        (f"{SOURCES}.InputData._get_args", ["self"], {}),
         ("ray.data.Schema", ["schema"], {"data_context": None}),
         ("ray._private.worker.global_worker.get_objects", [[]], {}),
         ("ray._private.serialization._object_ref_deserializer", ["id", "site", b"", b"", None], {}),
