@@ -15,7 +15,7 @@ import ray
 from packaging.specifiers import SpecifierSet
 from ray import ObjectRef, cloudpickle
 from ray.data import DataContext, Dataset, Schema
-from ray.exceptions import RayError, RayTaskError, UserCodeException
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError, UserCodeException
 
 # Nothing private is imported with this module, so that `check_ray_version` speaks before a missing
 # name does.
@@ -186,14 +186,39 @@ def _describe_briefly() -> None:
         cast("Any", source)._get_args = lambda operator: {"_name": operator.name}
 
 
-def get_ready(refs: Sequence[ObjectRef[Any]]) -> list[Any]:
-    """Return the values of refs known to be ready; raise like ``ray.get``.
+class Packed(NamedTuple):
+    """The value of a ref as it lies in the object store, to be given to `unpack`."""
 
-    Unlike ``ray.get`` it does not warn in an async actor: what is ready is not waited for.
+    ref: ObjectRef[Any]
+    value: Any
+
+
+def get_packed(refs: Sequence[ObjectRef[Any]]) -> list[Packed] | None:
+    """Return what refs stand for if all of it is on this node, else None; never wait.
+
+    Most of what ``ray.get`` takes is unpickling: this leaves it to `unpack`. And it does not warn
+    in an async actor.
     """
     from ray._private.worker import global_worker
 
-    return list(global_worker.get_objects(list(refs))[0])
+    refs = list(refs)
+    try:
+        values = cast("Any", global_worker).core_worker.get_objects(refs, timeout_ms=0)
+    except GetTimeoutError:
+        return None
+    return list(map(Packed, refs, values))
+
+
+def unpack(packed: Packed) -> Any:
+    """Return the value; raise like ``ray.get``."""
+    from ray._private.worker import global_worker
+
+    (value,) = global_worker.deserialize_objects([packed.value], [packed.ref])
+    if isinstance(value, RayTaskError):
+        raise value.as_instanceof_cause()
+    if isinstance(value, RayError):
+        raise value
+    return value
 
 
 def reduce_untracked(ref: ObjectRef[Any]) -> tuple[Callable[..., ObjectRef[Any]], tuple[Any, ...]]:

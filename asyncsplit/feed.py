@@ -33,8 +33,11 @@ SMALL_BYTES = 2**20
 larger ones are fetched ahead, off the loop, because unpickling them takes time."""
 
 GROUP_BYTES = 4 * 2**20
-GROUP_SLICES = 64
-"""Bounds of one such group: together they keep the loop for less than 3 ms."""
+GROUP_SLICES = 32
+"""Bounds of one such group: together they keep the loop for about a millisecond."""
+
+FEED_S = 0.0005
+"""After how long the loop gets a chance while blocks are unpickled, which takes much longer."""
 
 
 @dataclass(slots=True)
@@ -42,6 +45,7 @@ class _Pending:
     slice: Slice
     fetch: "Future[Any] | None" = None
     overdue_at: float = math.inf
+    packed: engine.Packed | None = None
 
 
 class Feed:
@@ -278,12 +282,13 @@ class Feed:
         """Feed what is here of the backlog; if its head is not, return what to wait for."""
         self._fetch_ahead()
         head = self._backlog[0]
-        if head.fetch is None and (fetch := self._feed_group()) is not None:
+        if head.fetch is None and head.packed is None and (fetch := self._fetch_group()):
             head.fetch = fetch
             # Consumers of one process that were given the same block get back what they ask for
             # again only if they let go of it together: hence whole seconds.
             head.overdue_at = math.floor(perf_counter()) + 2
         if head.fetch is None:
+            self._feed_fetched()
             return None
         if not head.fetch.done():
             if perf_counter() < head.overdue_at:
@@ -293,7 +298,7 @@ class Feed:
             # Nothing is lost by asking for it once more.
             self._drop_backlog()
             return None
-        self._feed([head.fetch.result()])
+        self._feed(head.fetch.result())
         return None
 
     def _fetch_ahead(self) -> None:
@@ -308,38 +313,48 @@ class Feed:
             if pending.fetch is None and part.size_bytes > SMALL_BYTES:
                 pending.fetch = part.ref.future()
 
-    def _feed_group(self) -> "Future[Any] | None":
-        """Feed the small blocks at the head that are here; if none is, return what to wait for."""
-        group: list[Slice] = []
+    def _fetch_group(self) -> "Future[Any] | None":
+        """Fetch the small blocks at the head that are here; if none is, return what to wait for."""
+        group: list[_Pending] = []
         size = 0
         for pending in itertools.islice(self._backlog, GROUP_SLICES):
             size += pending.slice.size_bytes
             if pending.fetch is not None or (group and size > GROUP_BYTES):
                 break
-            group.append(pending.slice)
-        refs = list(dict.fromkeys(part.ref for part in group))
-        here, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=True)
-        if len(here) < len(refs):
+            group.append(pending)
+        refs = [pending.slice.ref for pending in group]
+        if (fetched := engine.get_packed(refs)) is None:
+            here, _ = ray.wait(
+                list(dict.fromkeys(refs)), num_returns=len(set(refs)), timeout=0, fetch_local=True
+            )
             ready = set(here)
-            group = list(itertools.takewhile(lambda part: part.ref in ready, group))
-        if not group:
-            return self._backlog[0].slice.ref.future()
-        self._feed(engine.get_ready([part.ref for part in group]))
+            refs = list(itertools.takewhile(ready.__contains__, refs))
+            if not refs or (fetched := engine.get_packed(refs)) is None:
+                return self._backlog[0].slice.ref.future()
+        for pending, packed in zip(group, fetched, strict=False):
+            pending.packed = packed
         return None
 
-    def _feed(self, blocks: list[Any]) -> None:
-        for block in blocks:
-            part = self._backlog.popleft().slice
-            self._backlog_bytes -= part.size_bytes
-            self._fed += 1
-            self._fed_bytes += part.size_bytes
-            rows = part.stop - part.start
-            last = self._marks[-1][1] if self._marks else self._check
-            self._marks.append((self._next_row, fingerprint(last, rows)))
-            self._next_row += rows
-            skipped = min(self._skip_rows, rows)
-            self._skip_rows -= skipped
-            self._pipeline.add(block, part.start + skipped, part.stop)
+    def _feed_fetched(self) -> None:
+        """Feed the blocks at the head that are fetched: one, and more as long as that is quick."""
+        until = perf_counter() + FEED_S
+        while self._backlog and (packed := self._backlog[0].packed) is not None:
+            self._feed(engine.unpack(packed))
+            if perf_counter() >= until:
+                return
+
+    def _feed(self, block: Any) -> None:
+        part = self._backlog.popleft().slice
+        self._backlog_bytes -= part.size_bytes
+        self._fed += 1
+        self._fed_bytes += part.size_bytes
+        rows = part.stop - part.start
+        last = self._marks[-1][1] if self._marks else self._check
+        self._marks.append((self._next_row, fingerprint(last, rows)))
+        self._next_row += rows
+        skipped = min(self._skip_rows, rows)
+        self._skip_rows -= skipped
+        self._pipeline.add(block, part.start + skipped, part.stop)
 
     def _progress(self, finished_rows: int) -> Progress:
         rows = finished_rows + (self.started.rows if self.started else 0)

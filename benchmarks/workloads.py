@@ -14,6 +14,7 @@ from ray.data import Dataset
 import asyncsplit
 from asyncsplit import BatchStream, SplitOptions, TelemetryConfig, engine
 from asyncsplit.consumer import Consumer
+from asyncsplit.feed import GROUP_SLICES
 from asyncsplit.pipeline import Pipeline
 from benchmarks.harness import (
     ARRIVE_S,
@@ -432,19 +433,22 @@ def way(bench: Bench) -> list[Figure]:
     small = table_blocks(number, 100, 4)
     refs = _refs(small)
     (large,) = ray.get(_refs(table_blocks(1, rows, 4)))
-    per_block: dict[str, list[float]] = {"ray.wait": [], "fetch": [], "to numpy": []}
+    per_block: dict[str, list[float]] = {"fetch": [], "unpickle": [], "to numpy": []}
     per_batch: dict[str, list[float]] = {"pipeline": [], "stream": [], BY_HAND: []}
     arrays = {name: large[name].to_numpy() for name in large.column_names}
     for _ in range(bench.pick(40, 10)):
         times = [perf_counter()]
-        groups = [refs[start : start + 64] for start in range(0, number, 64)]
-        for group in groups:
-            ray.wait(group, num_returns=len(group), timeout=0, fetch_local=True)
+        packed = [
+            each
+            for start in range(0, number, GROUP_SLICES)
+            for each in engine.get_packed(refs[start : start + GROUP_SLICES]) or ()
+        ]
         times.append(perf_counter())
-        fetched = [block for group in groups for block in engine.get_ready(group)]
+        fetched = [engine.unpack(each) for each in packed]
         times.append(perf_counter())
         _exhaust(_pipeline(fetched, None).batches)
         times.append(perf_counter())
+        del packed, fetched
         for step, (begin, end) in zip(per_block, pairwise(times), strict=True):
             per_block[step].append(1e6 * (end - begin) / number)
         for step, took_s in {
@@ -457,7 +461,7 @@ def way(bench: Bench) -> list[Figure]:
         Figure(
             "way-block",
             "steps in the consumer for one of many blocks of 100 rows of 4 float64, handed out"
-            " whole as numpy: finding out that it is here, fetching it, converting it",
+            " whole as numpy: fetching it if it is here, unpickling it, converting it",
             "us",
             "only one side has it",
             per_block,

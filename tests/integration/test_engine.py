@@ -87,9 +87,15 @@ def drain(execution: Execution) -> list[Bundle]:
             return bundles
 
 
+def get_ready(refs: list[Any]) -> list[Any]:
+    packed = engine.get_packed(refs)
+    assert packed is not None
+    return list(map(engine.unpack, packed))
+
+
 def rows_of(bundles: list[Bundle]) -> list[int]:
     parts = [part for bundle in bundles for part in bundle.blocks]
-    tables = engine.get_ready([part.ref for part in parts])
+    tables = get_ready([part.ref for part in parts])
     return [
         row
         for table, part in zip(tables, parts, strict=True)
@@ -168,7 +174,7 @@ def test_blocks_without_rows_are_left_out() -> None:
 def test_every_operator_tells_the_rows_of_its_blocks(change: Callable[[Dataset], Dataset]) -> None:
     ds = change(numbers(100, blocks=4))
     parts = [part for bundle in drain(Execution.start(ds, epoch=0)) for part in bundle.blocks]
-    blocks = engine.get_ready([part.ref for part in parts])
+    blocks = get_ready([part.ref for part in parts])
     assert [part.stop for part in parts] == [len(block) for block in blocks]
     assert sum(len(block) for block in blocks) == ds.count()
 
@@ -441,24 +447,38 @@ def test_no_progress_timeout_is_the_contexts() -> None:
     assert engine.no_progress_timeout(ds) is None
 
 
-def test_get_ready_returns_values_in_order_and_raises_what_ray_get_raises() -> None:
+def test_what_is_here_comes_in_order_and_errors_are_those_of_ray_get() -> None:
     def fail() -> None:
         raise ValueError("boom")
 
-    assert engine.get_ready([ray.put(i) for i in range(3)]) == [0, 1, 2]
+    assert get_ready([ray.put(i) for i in range(3)]) == [0, 1, 2]
+    failing = remote(fail).remote()
+    ray.wait([failing])
     with pytest.raises(ValueError, match="boom") as caught:
-        engine.get_ready([remote(fail).remote()])
+        get_ready([failing])
     assert isinstance(caught.value, RayTaskError)
 
 
-def test_get_ready_does_not_warn_in_an_async_actor() -> None:
+def test_what_is_not_here_is_not_waited_for() -> None:
+    class Gate:
+        async def wait(self) -> None:
+            await asyncio.Event().wait()
+
+    closed = remote(Gate).remote().wait.remote()
+    assert engine.get_packed([ray.put(1), closed]) is None
+
+
+def test_getting_does_not_warn_in_an_async_actor() -> None:
     class Reader:
         async def read(self, get: Callable[[list[Any]], object], refs: list[Any]) -> object:
             worker = sys.modules["ray._private.worker"]
             return get(refs), worker.blocking_get_inside_async_warned
 
+    def get(refs: list[Any]) -> object:
+        return [engine.unpack(packed) for packed in engine.get_packed(refs) or ()]
+
     reader = remote(Reader).remote()
-    assert ray.get(reader.read.remote(engine.get_ready, [ray.put(1)])) == ([1], False)
+    assert ray.get(reader.read.remote(get, [ray.put(1)])) == ([1], False)
     assert ray.get(reader.read.remote(ray.get, [ray.put(1)])) == ([1], True)
 
 

@@ -68,9 +68,14 @@ def wait(
     return here, [ref for ref in refs if ref not in here]
 
 
-def get_ready(refs: Sequence[Ref]) -> list[Any]:
-    """Stand for `engine.get_ready`."""
-    return [ref.future().result(timeout=0) for ref in refs]
+def get_packed(refs: Sequence[Ref]) -> list[Ref] | None:
+    """Stand for `engine.get_packed`."""
+    return list(refs) if all(ref.future().done() for ref in refs) else None
+
+
+def unpack(packed: Ref) -> Any:
+    """Stand for `engine.unpack`."""
+    return packed.future().result(timeout=0)
 
 
 @dataclass

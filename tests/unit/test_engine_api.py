@@ -88,7 +88,8 @@ def test_the_installed_ray_is_supported() -> None:
         (f"{SOURCES}.AbstractFrom._get_args", ["self"], {}),
         (f"{SOURCES}.InputData._get_args", ["self"], {}),
         ("ray.data.Schema", ["schema"], {"data_context": None}),
-        ("ray._private.worker.global_worker.get_objects", [[]], {}),
+        ("ray._private.worker.global_worker.deserialize_objects", [["value"], ["ref"]], {}),
+        ("ray._raylet.CoreWorker.get_objects", ["self", ["ref"]], {"timeout_ms": 0}),
         ("ray._private.serialization._object_ref_deserializer", ["id", "site", b"", b"", None], {}),
     ],
 )
