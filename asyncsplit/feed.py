@@ -20,13 +20,12 @@ from ray.exceptions import ObjectLostError
 from asyncsplit import engine
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
-from asyncsplit.core.ledger import Position, fingerprint
-from asyncsplit.core.shuffle import ShuffleKey
-from asyncsplit.errors import StateMismatchError
+from asyncsplit.core.ledger import Position
+from asyncsplit.core.progress import Progress, Reading
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import Reply, ask, opened
 from asyncsplit.telemetry.state import ConsumerCounters, StreamTimes
-from asyncsplit.wire import Delivery, Progress, Rejoin, Slice, Started
+from asyncsplit.wire import Delivery, Rejoin, Slice, Started
 
 SMALL_BYTES = 2**20
 """Blocks up to this size are fetched together, at a fraction of what one future each costs;
@@ -70,17 +69,11 @@ class Feed:
         self._batch_size = batch_size
         self._backlog: deque[_Pending] = deque()
         self._backlog_bytes = 0
+        self._reading = Reading(consumer.position)
         self._cursor: int | None = None
-        self._fed = 0
-        self._first = 0
         self._fed_bytes = 0
         self._last = False
         self._lost_at = -1
-        self._skip_rows = 0
-        self._check = 0
-        self._next_row = 0
-        self._marks: deque[tuple[int, int]] = deque()
-        self._unmarked = 0
         self._pulling: Future[Any] | None = None
         # A call that never returns: the coordinator holds a reference to its result, which this
         # process owns, and so hears of it when this process dies.
@@ -111,12 +104,12 @@ class Feed:
         if not self._backlog and self._last:
             self._pipeline.finish()
             return None
-        fed_before = self._fed
+        fed_before = self._reading.fed
         waiting_for = self._try_to_feed() if self._backlog else None
         # Only now, so that the coordinator hears what has been begun: it would let a pull wait
         # for ever that says there is still enough.
         self._pull_if_room(finished_rows)
-        return waiting_for or (None if self._fed > fed_before else self._pulling)
+        return waiting_for or (None if self._reading.fed > fed_before else self._pulling)
 
     def acknowledge(self, finished_rows: int) -> None:
         """Commit what the loop has finished with, without asking for more."""
@@ -149,7 +142,7 @@ class Feed:
                 perf_counter(),
                 rows=self._pipeline.rows_out,
                 batches=self._pipeline.batches_out,
-                blocks=self._fed - self._first,
+                blocks=self._reading.begun,
                 size_bytes=self._fed_bytes,
                 backlog_bytes=self._backlog_bytes,
             )
@@ -163,42 +156,8 @@ class Feed:
 
     def position(self, finished_rows: int) -> Position:
         """Return where the training loop stands, having finished with so many rows."""
-        arrived = self._consumer.position
-        if self.started is None:
-            return arrived or Position(0)
-        if self._cursor is None:
-            # Nothing has been delivered, so the fingerprint of what was skipped is not known here.
-            if arrived and arrived.epoch == self.started.epoch:
-                return arrived
-            return Position(self.started.epoch)
-        rows, _, low = self._progress(finished_rows)
-        if low is not None:
-            if self._draws_all:
-                key = self._pipeline.shuffle
-                return Position(
-                    self.started.epoch,
-                    rows,
-                    self._check,
-                    self._fed,
-                    shuffle=key,
-                    low=low,
-                    earlier=self.started.earlier,
-                )
-            # Which rows are finished is no number: go back to where all of them are.
-            rows = self._marks[0][0] if self._marks else rows
-        check = self._check
-        for first_row, check_after in self._marks:
-            if first_row >= rows:
-                break
-            check = check_after
-        earlier = self.started.earlier
-        return Position(self.started.epoch, rows, check, self._fed, earlier=earlier)
-
-    @property
-    def _draws_all(self) -> bool:
-        """Whether all of the split's rows are in one shuffled order, from the first on."""
-        assert self.started is not None
-        return self.started.rows == 0 or self.started.shuffle is not None
+        pipeline = self._pipeline
+        return self._reading.position(finished_rows, pipeline.oldest_unfinished, pipeline.shuffle)
 
     def _arrive(self, position: Position | None) -> "Future[Reply[Started]]":
         return ask(
@@ -218,6 +177,12 @@ class Feed:
         if self._cursor is None:
             self.started = started
             self.times.started_at = perf_counter()
+            self._reading.start(
+                started.epoch,
+                started.rows,
+                shuffled=started.shuffle is not None,
+                earlier=started.earlier,
+            )
         self._starting = None
 
     def _rejoin(self, finished_rows: int) -> None:
@@ -231,7 +196,7 @@ class Feed:
         self._pulling = None
         self._last = False
         if self._cursor is not None:
-            self._cursor = self._fed
+            self._cursor = self._reading.fed
 
     def _receive(self, finished_rows: int) -> None:
         """Take a delivery that has come."""
@@ -244,10 +209,7 @@ class Feed:
             return
         if self._cursor is None:
             assert self.started is not None
-            self._fed = self._first = reply.cursor
-            self._skip_rows = reply.skip_rows
-            self._check = reply.check
-            self._next_row = self.started.rows - reply.skip_rows
+            self._reading.deliver(reply.cursor, reply.skip_rows, reply.check)
             if self.started.shuffle is not None:
                 self._pipeline.resume(reply.skipped, self.started.rows, self.started.shuffle.seed)
         self._backlog.extend(_Pending(Slice(*part)) for part in reply.slices)
@@ -272,9 +234,9 @@ class Feed:
         try:
             return self._feed_head()
         except ObjectLostError:
-            if self._lost_at == self._fed:
+            if self._lost_at == self._reading.fed:
                 raise
-            self._lost_at = self._fed
+            self._lost_at = self._reading.fed
             self._drop_backlog()
             return None
 
@@ -346,50 +308,12 @@ class Feed:
     def _feed(self, block: Any) -> None:
         part = self._backlog.popleft().slice
         self._backlog_bytes -= part.size_bytes
-        self._fed += 1
         self._fed_bytes += part.size_bytes
-        rows = part.stop - part.start
-        last = self._marks[-1][1] if self._marks else self._check
-        self._marks.append((self._next_row, fingerprint(last, rows)))
-        self._next_row += rows
-        skipped = min(self._skip_rows, rows)
-        self._skip_rows -= skipped
+        skipped = self._reading.begin(part.stop - part.start)
         self._pipeline.add(block, part.start + skipped, part.stop)
 
     def _progress(self, finished_rows: int) -> Progress:
-        rows = finished_rows + (self.started.rows if self.started else 0)
-        oldest = self._pipeline.oldest_unfinished
-        if oldest is None:
-            while len(self._marks) > 1 and self._marks[1][0] <= rows:
-                self._check = self._marks.popleft()[1]
-            return Progress(rows, self._fed)
-        while self._unmarked < oldest:
-            self._check = self._marks.popleft()[1]
-            self._unmarked += 1
-        return Progress(rows, self._fed, self._first + oldest)
+        return self._reading.progress(finished_rows, self._pipeline.oldest_unfinished)
 
     def _send(self, method: str, *args: object) -> "Future[Any]":
         return ask(self._consumer.coordinator, method, self._consumer.split, *args, self.counters())
-
-
-def check_shuffle(consumer: Consumer, pipeline: Pipeline | RowPipeline) -> None:
-    """Refuse to go on in the middle of an epoch that was shuffled otherwise.
-
-    Raises:
-        StateMismatchError: If the state that was loaded says so.
-    """
-    position, key = consumer.position, pipeline.shuffle
-    if position is None or not position.saved or not position.rows:
-        return
-    before = position.shuffle
-    if before is not key and (before is None or key is None or not before.is_like(key)):
-        raise StateMismatchError(
-            f"the state of split {consumer.split} was saved with {_sizes(before)}, and"
-            f" cannot be resumed in the middle of its epoch with {_sizes(key)}: use the same"
-        )
-
-
-def _sizes(key: ShuffleKey | None) -> str:
-    if key is None:
-        return "local_shuffle_buffer_size=None"
-    return f"local_shuffle_buffer_size={key.buffer_size} and batch_size={key.batch_size}"

@@ -322,8 +322,8 @@ def _arrow_backed(block: Block) -> Any:
     """
     if _PANDAS_IS_WRITEABLE or not isinstance(block, pa.Table):
         return None
-    dtypes = to_batch(block.slice(0, 0), "pandas").dtypes
-    if not all(isinstance(dtype, pd.ArrowDtype) for dtype in dtypes):
+    empty: Any = to_batch(block.slice(0, 0), "pandas")
+    if not all(isinstance(dtype, pd.ArrowDtype) for dtype in empty.dtypes):
         return None
     return to_batch(block, "pandas")
 

@@ -18,8 +18,9 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.ledger import Position
+from asyncsplit.core.state import check_shuffle
 from asyncsplit.errors import ConsumerConflictError, StreamClosedError
-from asyncsplit.feed import Feed, check_shuffle
+from asyncsplit.feed import Feed
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import settled
 
@@ -300,7 +301,7 @@ class BatchStream(Generic[T]):
             times.go_on(perf_counter())
 
     def _open(self) -> Feed:
-        check_shuffle(self._consumer, self._pipeline)
+        check_shuffle(self._consumer.position, self._pipeline.shuffle, self._consumer.split)
         stream = self._consumer.open(self)
         self._phase = _Phase.OPEN
         self._report_at = perf_counter() + REPORT_AFTER_S

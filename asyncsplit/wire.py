@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from ray import ObjectRef
 
 from asyncsplit.core.ledger import Past
+from asyncsplit.core.progress import Progress as Progress
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.engine import pack_error, unpack_error
 
@@ -58,19 +59,6 @@ class Delivery(NamedTuple):
 
 class Rejoin(NamedTuple):
     """The coordinator was restarted: arrive again, and say where you stand."""
-
-
-class Progress(NamedTuple):
-    """How far a consumer has come in an epoch; what the next message acknowledges.
-
-    ``rows``: rows the training loop has finished with. ``fed``: number of the first slice not
-    yet begun. ``low``: number of the first slice not finished, if it does not follow from
-    ``rows`` because rows are shuffled.
-    """
-
-    rows: int = 0
-    fed: int = 0
-    low: int | None = None
 
 
 class Status(NamedTuple):

@@ -51,6 +51,28 @@ def position_from(
     return position
 
 
+def check_shuffle(position: Position | None, key: ShuffleKey | None, split: int) -> None:
+    """Refuse to go on in the middle of an epoch that was shuffled otherwise than by this key.
+
+    Raises:
+        StateMismatchError: If the position comes from a saved state and says so.
+    """
+    if position is None or not position.saved or not position.rows:
+        return
+    before = position.shuffle
+    if before is not key and (before is None or key is None or not before.is_like(key)):
+        raise StateMismatchError(
+            f"the state of split {split} was saved with {_sizes(before)}, and cannot be resumed in"
+            f" the middle of its epoch with {_sizes(key)}: use the same"
+        )
+
+
+def _sizes(key: ShuffleKey | None) -> str:
+    if key is None:
+        return "local_shuffle_buffer_size=None"
+    return f"local_shuffle_buffer_size={key.buffer_size} and batch_size={key.batch_size}"
+
+
 def _positions_from(states: Sequence[Any]) -> list[Position]:
     """Return the positions of all splits of one run, in order."""
     parsed = sorted(map(_parse, states), key=lambda found: found[1])

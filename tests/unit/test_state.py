@@ -9,7 +9,7 @@ import pytest
 from asyncsplit import StateMismatchError
 from asyncsplit.core.ledger import FINISHED, Past, Position
 from asyncsplit.core.shuffle import ShuffleKey
-from asyncsplit.core.state import position_from, state_of
+from asyncsplit.core.state import check_shuffle, position_from, state_of
 
 GOOD = state_of(Position(3, 120, 77), split=1, n=2)
 
@@ -80,3 +80,31 @@ def test_states_of_different_moments_are_refused(positions: Sequence[Position]) 
 def test_what_is_no_state_of_this_split_is_refused(state: Any, message: str) -> None:
     with pytest.raises(StateMismatchError, match=message):
         position_from(state, 1, 2)
+
+
+KEY = ShuffleKey(100, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        (None, KEY),
+        (KEY, None),
+        (KEY, KEY._replace(batch_size=5)),
+        (KEY._replace(buffer_size=9), KEY),
+    ],
+)
+def test_an_epoch_is_not_resumed_in_another_order(
+    saved: ShuffleKey | None, now: ShuffleKey | None
+) -> None:
+    position = Position(3, 20, saved=True, shuffle=saved)
+    with pytest.raises(StateMismatchError, match=r"split 7 .* with local_.* with local_.*the same"):
+        check_shuffle(position, now, 7)
+    check_shuffle(position._replace(rows=0), now, 7)
+    check_shuffle(position._replace(saved=False), now, 7)
+
+
+def test_an_epoch_is_resumed_in_the_order_it_had() -> None:
+    check_shuffle(Position(3, 20, saved=True, shuffle=KEY), KEY._replace(seed=4), 7)
+    check_shuffle(Position(3, 20, saved=True), None, 7)
+    check_shuffle(None, KEY, 7)
