@@ -28,8 +28,8 @@ from asyncsplit.telemetry.state import ConsumerCounters, StreamTimes
 from asyncsplit.wire import Delivery, Rejoin, Slice, Started
 
 SMALL_BYTES = 2**20
-"""Blocks up to this size are fetched together, at a fraction of what one future each costs;
-larger ones are fetched ahead, off the loop, because unpickling them takes time."""
+"""Blocks up to this size are fetched together, at a fraction of what one call each costs; larger
+ones are asked for ahead, because it takes time if they come from another node."""
 
 GROUP_BYTES = 4 * 2**20
 GROUP_SLICES = 32
@@ -272,7 +272,12 @@ class Feed:
                 break
             if place:
                 wanted -= part.stop - part.start if self._batch_size else 1
-            if pending.fetch is None and part.size_bytes > SMALL_BYTES:
+            if (
+                part.size_bytes > SMALL_BYTES
+                and pending.fetch is None
+                and pending.packed is None
+                and not self._fetch([pending])
+            ):
                 pending.fetch = part.ref.future()
 
     def _fetch_group(self) -> "Future[Any] | None":
@@ -281,21 +286,27 @@ class Feed:
         size = 0
         for pending in itertools.islice(self._backlog, GROUP_SLICES):
             size += pending.slice.size_bytes
-            if pending.fetch is not None or (group and size > GROUP_BYTES):
+            if pending.fetch or pending.packed or (group and size > GROUP_BYTES):
                 break
             group.append(pending)
-        refs = [pending.slice.ref for pending in group]
-        if (fetched := engine.get_packed(refs)) is None:
-            here, _ = ray.wait(
-                list(dict.fromkeys(refs)), num_returns=len(set(refs)), timeout=0, fetch_local=True
-            )
-            ready = set(here)
-            refs = list(itertools.takewhile(ready.__contains__, refs))
-            if not refs or (fetched := engine.get_packed(refs)) is None:
-                return self._backlog[0].slice.ref.future()
-        for pending, packed in zip(group, fetched, strict=False):
+        if self._fetch(group):
+            return None
+        refs = list(dict.fromkeys(pending.slice.ref for pending in group))
+        here, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=True)
+        ready = set(here)
+        group = list(itertools.takewhile(lambda pending: pending.slice.ref in ready, group))
+        if group and self._fetch(group):
+            return None
+        return self._backlog[0].slice.ref.future()
+
+    def _fetch(self, group: list[_Pending]) -> bool:
+        """Fetch blocks if all of them are here; it takes no time then, whatever their size."""
+        fetched = engine.get_packed([pending.slice.ref for pending in group])
+        if fetched is None:
+            return False
+        for pending, packed in zip(group, fetched, strict=True):
             pending.packed = packed
-        return None
+        return True
 
     def _feed_fetched(self) -> None:
         """Feed the blocks at the head that are fetched: one, and more as long as that is quick."""
