@@ -5,15 +5,22 @@ from pathlib import Path
 from typing import Any
 
 
-def draw(results: dict[str, Any], file: Path) -> None:
-    """Draw a bar for each figure that both sides have, with its spread over the rounds."""
+def pyplot_for(file: Path) -> Any:
+    """Return what draws a file; None, with a warning, if it is not installed."""
     try:
         from matplotlib import pyplot
     except ImportError:
         warnings.warn(
             f"{file} is not drawn: matplotlib is not installed, `pip install 'asyncsplit[bench]'`",
-            stacklevel=2,
+            stacklevel=3,
         )
+        return None
+    return pyplot
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Draw a bar for each figure that both sides have, with its spread over the rounds."""
+    if (pyplot := pyplot_for(file)) is None:
         return
     bars = [
         (figure["name"], ratio)

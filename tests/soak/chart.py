@@ -1,10 +1,10 @@
 """Draws the series of a soak; needs the extra ``bench``."""
 
-import warnings
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
+from benchmarks.chart import pyplot_for
 from tests.soak.measure import Sample
 
 PANELS = {
@@ -18,13 +18,7 @@ PANELS = {
 
 def draw(samples: Sequence[Sample], file: Path) -> None:
     """Draw each figure over the epochs, a line for each process."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        warnings.warn(
-            f"{file} is not drawn: matplotlib is not installed, `pip install 'asyncsplit[bench]'`",
-            stacklevel=2,
-        )
+    if (pyplot := pyplot_for(file)) is None:
         return
     epochs = [sample.epoch for sample in samples]
     figure, grid = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained", sharex=True)
