@@ -99,7 +99,14 @@ class Epochs:
             StateMismatchError: If a saved position comes after the first epoch has begun.
             StreamClosedError: If the stream was closed before this message came.
         """
-        if position and position.saved and self.epoch >= 0:
+        holder = self.holder(split)
+        if (
+            position
+            and position.saved
+            and self.epoch >= 0
+            and stream != holder
+            and position[:2] != (self.epoch + 1, 0)
+        ):
             raise StateMismatchError(
                 f"split {split} cannot resume in epoch {position.epoch}: the split is at epoch"
                 f" {self.epoch} already. Load states into a new split, before iterating"
@@ -108,7 +115,6 @@ class Epochs:
             raise StreamClosedError(
                 f"this stream over split {split} was closed while it waited for its epoch"
             )
-        holder = self.holder(split)
         if holder and holder.consumer != stream.consumer:
             if holder.consumer not in self.dead:
                 raise ConsumerConflictError(
@@ -117,6 +123,7 @@ class Epochs:
                     " close the other stream first"
                 )
             if split in self.active:
+                self._close(split, self.active[split])
                 self.active[split] = stream
                 return True
         elif holder and holder.number > stream.number:
@@ -161,11 +168,11 @@ class Epochs:
         self.arrived = {s: v for s, v in self.arrived.items() if s in finished}
         self.positions = {s: positions[s] for s in finished}
         past = dict.fromkeys(finished, Position(self.epoch, rows=FINISHED))
-        return past | {
-            s: p
-            for s, p in positions.items()
-            if p.epoch == self.epoch and (p.rows or p.fed or p.earlier)
-        }
+        here = {s: p for s, p in positions.items() if p.epoch == self.epoch}
+        begun = {s: p for s, p in here.items() if p.rows or p.fed or p.earlier}
+        # A state that says "nothing yet" is a state too, where others have read something.
+        unbegun = {s: p for s, p in here.items() if p.saved} if begun else {}
+        return past | unbegun | begun
 
     def started(self) -> None:
         """Note that blocks can be delivered."""

@@ -201,6 +201,7 @@ class SplitLog:
     def leave(self) -> None:
         """Truncate what is leased and all that comes: the consumer takes no more."""
         self.left = True
+        self._verified = True  # nobody goes on here any more
         self.truncated_rows += self.leased_rows
         self.leased_bytes = self.waiting_bytes = 0
         self._fed = self.next_seq

@@ -18,9 +18,10 @@ from typing import Any, TypedDict
 import numpy as np
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import asyncsplit
-from asyncsplit import AsyncDataIterator, BatchStream
+from asyncsplit import AsyncDataIterator, BatchStream, SplitOptions
 from tests.integration.consume import eventually, stopped
 
 MB = 2**20
@@ -80,17 +81,19 @@ def node(cluster: Cluster, environment: dict[str, str] | None = None) -> Iterato
         cluster.remove_node(added, allow_graceful=False)
 
 
+async def drain(stream: BatchStream[Any], seen: list[int]) -> None:
+    """Read to the end, or to an error."""
+    async with asyncio.timeout(60):
+        async for batch in stream:
+            seen.extend(map(int, batch["id"]))
+
+
 async def outcome(
     its: list[AsyncDataIterator], streams: list[BatchStream[Any]], seen: list[int], diary: Diary
 ) -> Outcome:
     """Read to the end, or to an error; either way the epoch has to be over then."""
 
-    async def read(stream: BatchStream[Any]) -> None:
-        async with asyncio.timeout(60):
-            async for batch in stream:
-                seen.extend(map(int, batch["id"]))
-
-    ends = await asyncio.gather(*map(read, streams), return_exceptions=True)
+    ends = await asyncio.gather(*(drain(s, seen) for s in streams), return_exceptions=True)
     await eventually(lambda: stopped(its[0]))
     errors = [[cls.__name__ for cls in type(end).__mro__] for end in ends if end is not None]
     return Outcome(rows=sorted(seen), errors=errors, runs=diary.runs())
@@ -153,10 +156,33 @@ async def run_out_of_memory(cluster: Cluster, directory: str) -> Outcome:
         return await outcome(its, [it.iter_batches() for it in its], [], diary)
 
 
+class Maker:
+    """Creates a split on its own node, and stays."""
+
+    def make(self) -> list[AsyncDataIterator]:
+        ds = ray.data.range(BLOCKS * ROWS, override_num_blocks=BLOCKS)
+        return asyncsplit.streaming_split(ds, 2, options=SplitOptions(prefetch_bytes=1))
+
+
+async def lose_the_coordinator(cluster: Cluster, directory: str) -> Outcome:
+    """Kill the node on which a split was created, and with it the coordinator."""
+    with node(cluster), node(cluster) as lost:
+        there = NodeAffinitySchedulingStrategy(lost.node_id, soft=False)
+        maker: Any = ray.remote(Maker).options(num_cpus=0, scheduling_strategy=there).remote()
+        its = await maker.make.remote()
+        streams = [it.iter_batches(batch_size=1) for it in its]
+        seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
+        cluster.remove_node(lost, allow_graceful=False)
+        ends = await asyncio.gather(*(drain(s, seen) for s in streams), return_exceptions=True)
+    errors = [[cls.__name__ for cls in type(end).__mro__] for end in ends if end is not None]
+    return Outcome(rows=sorted(seen), errors=errors, runs=[])
+
+
 FAILURES: dict[str, Any] = {
     "blocks are lost": lose_blocks,
     "blocks are lost for good": lambda *where: lose_blocks(*where, max_retries=0),
     "out of memory": run_out_of_memory,
+    "the coordinator's node is lost": lose_the_coordinator,
 }
 
 

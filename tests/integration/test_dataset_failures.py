@@ -167,3 +167,8 @@ def test_running_out_of_memory_again_and_again_is_an_error_for_all(play: Any) ->
     assert outcome["rows"] == []
     # Fewer if the task was killed before it got to its block.
     assert len(outcome["runs"]) <= 1 + OOM_RETRIES
+
+
+def test_the_loss_of_the_coordinators_node_is_an_error_for_all(play: Any) -> None:
+    outcome = play("the coordinator's node is lost")
+    assert [classes[0] for classes in outcome["errors"]] == ["CoordinatorLostError"] * 2

@@ -53,8 +53,11 @@ async def test_ten_blocks_over_three_splits(drive: Drive, equal: bool, expected:
 
 async def test_demand_delivers_every_row_once() -> None:
     options = SplitOptions(routing="demand")
-    its = asyncsplit.streaming_split(thousand(20), 3, options=options)
-    assert sorted(chain(*await read_epoch(its))) == list(range(1000))
+    ds = thousand(20).map_batches(lambda batch: batch)
+    ds.context.execution_options.preserve_order = True
+    epoch = await read_epoch(asyncsplit.streaming_split(ds, 3, options=options))
+    assert sorted(chain(*epoch)) == list(range(1000))
+    assert all(ids == sorted(ids) for ids in epoch), "each split's in the dataset's order"
 
 
 async def test_demand_lets_the_fast_go_on_while_one_does_not_read() -> None:

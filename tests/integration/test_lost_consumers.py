@@ -33,21 +33,33 @@ async def committed(it: AsyncDataIterator, split: int) -> int:
     return (await it.status()).committed_rows[split]
 
 
-@pytest.mark.parametrize("death", ["SIGKILL", "ray.kill"])
-async def test_a_replacement_goes_on_from_the_first_uncommitted_row(death: str, start: Any) -> None:
-    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
-    victim, others = start(first), asyncio.create_task(read(second))
-    seen: list[list[int]] = [await victim.next.remote() for _ in range(12)]
-    rows = await committed(second, 0)
-    if death == "SIGKILL":
-        os.kill(await victim.pid.remote(), signal.SIGKILL)
-    else:
-        ray.kill(victim)
-    replacement = start(first)
-    rest = await replacement.rest.remote()
-    before = list(chain(*seen))[: 500 - len(rest)]
-    assert len(before) >= rows, "what was committed does not come again"
-    assert sorted(before + rest + await others) == list(range(1000))
+@pytest.mark.parametrize(
+    ("death", "equal", "routing"),
+    [("SIGKILL", True, "rows"), ("ray.kill", False, "rows"), ("SIGKILL", False, "demand")],
+)
+async def test_a_replacement_goes_on_from_the_first_uncommitted_row(
+    death: str, equal: bool, routing: Any, start: Any
+) -> None:
+    options = SplitOptions(routing=routing)
+    first, second = asyncsplit.streaming_split(thousand(), 2, equal=equal, options=options)
+    victim = start(first)
+    async with second.iter_batches(batch_size=10) as stream:
+        # It reads on only when the victim is dead: else it could get all there is, on demand.
+        seen, held = await asyncio.gather(victim.next.remote(), anext(stream))
+        others = held["id"].tolist()
+        for _ in range(11):
+            seen += await victim.next.remote()
+        rows = await committed(second, 0)
+        if death == "SIGKILL":
+            os.kill(await victim.pid.remote(), signal.SIGKILL)
+        else:
+            ray.kill(victim)
+        rest = await start(first).rest.remote()
+        others += [i async for batch in stream for i in batch["id"].tolist()]
+    again = seen[seen.index(rest[0]) :] if rest[0] in seen else []
+    assert rest[: len(again)] == again, "what was not committed comes again, in order"
+    assert len(seen) - len(again) >= rows > 0, "what was committed does not come again"
+    assert sorted(seen + rest[len(again) :] + others) == list(range(1000))
 
 
 async def test_a_replacement_goes_on_in_the_shuffled_order(start: Any) -> None:

@@ -17,7 +17,13 @@ from ray.data import Dataset
 from ray.exceptions import RayActorError
 
 import asyncsplit
-from asyncsplit import AsyncDataIterator, CoordinatorLostError, SplitOptions, StateMismatchError
+from asyncsplit import (
+    AsyncDataIterator,
+    ConsumerLostError,
+    CoordinatorLostError,
+    SplitOptions,
+    StateMismatchError,
+)
 from tests.integration.consume import eventually, read, read_epoch
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
@@ -185,6 +191,34 @@ async def test_a_replacement_may_come_while_a_restarted_coordinator_catches_up(
         await waiting
 
 
+async def test_with_the_coordinator_a_worker_dies_and_begins_its_share_anew(start: Any) -> None:
+    """Where it was, nobody else knew."""
+    first, second = asyncsplit.streaming_split(dataset(), 2, equal=True)
+    victim = start(first)
+    async with second.iter_batches(batch_size=10) as stream:
+        seen, held = await asyncio.gather(victim.next.remote(), anext(stream))
+        for _ in range(11):
+            seen += await victim.next.remote()
+        ray.kill(victim)
+        await kill_coordinator(second)
+        replacement = start(first).rest.remote()
+        others = held["id"].tolist() + [i async for batch in stream for i in batch["id"].tolist()]
+        share = await replacement
+    assert share[: len(seen)] == seen, "all of it comes again, committed or not"
+    assert sorted(share + others) == list(range(1000)), "the others' comes once"
+
+
+async def test_a_restart_after_a_worker_has_ended_for_good_is_an_error_that_names_it() -> None:
+    options = SplitOptions(barrier_timeout_s=2, prefetch_bytes=1)
+    first, second = asyncsplit.streaming_split(dataset(), 2, equal=True, options=options)
+    async with second.iter_batches(batch_size=10) as stream:
+        async with first.iter_batches(batch_size=10) as left:
+            await asyncio.gather(anext(stream), anext(left))
+        await kill_coordinator(second)
+        with pytest.raises(ConsumerLostError, match="split 0 has not been heard of"):
+            [batch async for batch in stream]
+
+
 async def test_without_order_a_restart_is_an_error_that_says_so() -> None:
     options = SplitOptions(prefetch_bytes=1)
     (it,) = asyncsplit.streaming_split(dataset(preserve_order=False), 1, options=options)
@@ -218,7 +252,7 @@ async def stop_at(
 async def test_a_new_run_delivers_the_rest_of_the_epoch(equal: bool, whole_list: bool) -> None:
     its = asyncsplit.streaming_split(dataset(), 2, equal=equal)
     await read_epoch(its)
-    stopped = await asyncio.gather(stop_at(its[0], 90), stop_at(its[1], 400))
+    stopped = await asyncio.gather(stop_at(its[0], 90 * equal), stop_at(its[1], 400))
     states = json.loads(json.dumps([state for _, state in stopped]))
     assert [state["epoch"] for state in states] == [1, 1]
     again = asyncsplit.streaming_split(dataset(), 2, equal=equal)

@@ -34,6 +34,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         self.seconds_of: Callable[..., float] = lambda func, *args: 0.0
         """How long a blocking call takes."""
 
+    def start_at(self, now: float) -> None:
+        """Have time begin where it ended on another loop."""
+        self._files.now = now
+
     def time(self) -> float:
         """Return the virtual time in seconds."""
         return self._files.now

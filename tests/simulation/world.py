@@ -424,6 +424,12 @@ def fakes_installed() -> Iterator[None]:
 _clock: VirtualLoop | None = None
 
 
+def use_clock(loop: VirtualLoop) -> None:
+    """Let this loop say what time it is."""
+    global _clock
+    _clock = loop
+
+
 def _now() -> float:
     assert _clock is not None
     return _clock.time()
@@ -431,8 +437,8 @@ def _now() -> float:
 
 def simulate(seed: int, *, verbose: bool = False) -> World:
     """Run the world of a seed, with the fakes installed; raise what is wrong with it."""
-    global _clock
-    _clock = loop = VirtualLoop()
+    loop = VirtualLoop()
+    use_clock(loop)
     unhandled: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: unhandled.append(context))
     world = None

@@ -3,7 +3,14 @@
 import pytest
 
 from asyncsplit.core.epochs import Epochs, Phase, Stream
-from asyncsplit.errors import ConsumerConflictError, StaleEpochError, StreamClosedError
+from asyncsplit.core.ledger import FINISHED, Position
+from asyncsplit.core.replay import read_before
+from asyncsplit.errors import (
+    ConsumerConflictError,
+    StaleEpochError,
+    StateMismatchError,
+    StreamClosedError,
+)
 
 A1, A2, B1 = Stream("a", 1), Stream("a", 2), Stream("b", 1)
 
@@ -217,3 +224,61 @@ def test_a_closing_message_between_two_streams_leaves_the_later_one_alone() -> N
     epochs.arrive(0, A2)
     assert not epochs.leave(0, A1)
     assert epochs.arrived == {0: A2}
+
+
+def test_repeating_an_arrival_with_a_saved_position_changes_nothing() -> None:
+    """Its epoch may have begun before the repetition comes."""
+    epochs = Epochs(1)
+    saved = Position(3, rows=5, saved=True)
+    epochs.arrive(0, A1, saved)
+    assert epochs.open() == {0: saved}
+    epochs.started()
+    assert not epochs.arrive(0, A1, saved)
+    assert epochs.active == {0: A1}
+
+
+def test_a_saved_position_waits_for_the_next_epoch_again_after_an_error() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1, Position(1, saved=True))
+    epochs.arrive(1, B1, Position(0, rows=5, saved=True))
+    epochs.open()
+    epochs.started()
+    epochs.leave(0, A1)  # somebody was lost; it iterates again
+    epochs.arrive(0, A2, Position(1, saved=True))
+    assert epochs.arrived == {0: A2}
+    with pytest.raises(StateMismatchError, match="the split is at epoch 0 already"):
+        epochs.arrive(1, Stream("c", 1), Position(0, rows=5, saved=True))
+
+
+def test_a_state_of_a_split_that_had_read_nothing_is_a_state() -> None:
+    epochs = Epochs(2)
+    positions = {0: Position(0, saved=True), 1: Position(0, rows=5, saved=True)}
+    epochs.arrive(0, A1, positions[0])
+    epochs.arrive(1, B1, positions[1])
+    resume = epochs.open()
+    assert resume == positions
+    assert read_before(resume, 2, 0, repeatable=True) == ()
+
+
+def test_states_between_two_epochs_need_no_replay() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1, Position(1, saved=True))
+    epochs.arrive(1, B1, Position(1, saved=True))
+    assert epochs.open() == {}
+    assert epochs.epoch == 1
+
+
+def test_who_had_finished_the_resumed_epoch_is_past_it() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1, Position(1, saved=True))
+    epochs.arrive(1, B1, Position(0, saved=True))
+    assert epochs.open() == {0: Position(0, rows=FINISHED)}
+
+
+def test_an_arrival_of_one_that_was_replaced_comes_too_late() -> None:
+    epochs = running()
+    epochs.die(0, A1)
+    epochs.arrive(0, Stream("other", 1))
+    epochs.over()
+    with pytest.raises(StreamClosedError):
+        epochs.arrive(0, A1)

@@ -83,6 +83,14 @@ def test_leaving_truncates_what_is_leased_and_what_comes() -> None:
     assert log.leased_bytes == log.waiting_bytes == 0
 
 
+def test_who_leaves_before_its_rows_are_produced_again_is_no_mismatch() -> None:
+    log = SplitLog(0, Position(0, rows=3, check=fingerprint(0, 3), fed=1))
+    log.leave()
+    log.append(part(3))
+    log.finish()
+    assert log.truncated_rows == 3
+
+
 def test_a_block_larger_than_the_budget_gets_through() -> None:
     ledger = Ledger(1, make_router(1, equal=False, routing="rows"), budget_bytes=1)
     assert ledger.credit() > 0

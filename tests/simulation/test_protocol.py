@@ -1,0 +1,870 @@
+"""The protocol, message by message: the real coordinator, and consumers that a machine moves.
+
+`LedgerMachine` drives one part of the core; here all of it answers together, as the coordinator
+puts it together: barrier, ledger, liveness, takeover, restart and resume. Every message is on the
+wire until the machine delivers it: late, twice, after later ones, or with its reply lost.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from ray.exceptions import OwnerDiedError
+
+from asyncsplit.coordinator import SplitCoordinator
+from asyncsplit.core.epochs import KEPT, Phase, Stream
+from asyncsplit.core.ledger import FINISHED, Position, fingerprint
+from asyncsplit.core.state import position_from, state_of
+from asyncsplit.engine import Block, Bundle
+from asyncsplit.errors import (
+    ConsumerConflictError,
+    ConsumerLostError,
+    CoordinatorLostError,
+    StaleEpochError,
+    StateMismatchError,
+    StreamClosedError,
+)
+from asyncsplit.options import SplitOptions, TelemetryConfig
+from asyncsplit.telemetry.state import ConsumerCounters
+from asyncsplit.wire import Delivery, Failure, Progress, Rejoin, Slice, Started
+from tests.simulation.clock import VirtualLoop
+from tests.simulation.dataset import ROW_BYTES, Context, FakeDataset, Ref
+from tests.simulation.world import fakes_installed, use_clock
+
+BARRIER_S, REJOIN_S = 10.0, 4.0
+AT_ONCE_S = 1e-6
+"""Time enough for all that needs none."""
+
+COUNTERS = ConsumerCounters()
+
+
+class SteadyDataset(FakeDataset):
+    """Has the same blocks each time, as a dataset that preserves order."""
+
+    sizes: tuple[int, ...] = (1,)
+
+    def bundles(self, epoch: int) -> Iterator[Bundle]:
+        """Produce one epoch, one block at a time."""
+        first = 0
+        for size in self.sizes:
+            ref = Ref(range(first, first + size), self.loop, 0.0)
+            yield Bundle((Block(ref, 0, size, size * ROW_BYTES, None),), None)  # type: ignore[arg-type]
+            first += size
+
+
+@dataclass(eq=False)
+class Call:
+    """A message, and whether its sender has the reply."""
+
+    reader: "Reader"
+    method: str
+    args: tuple[Any, ...]
+    stream: Stream
+    answered: bool = False
+
+
+@dataclass(eq=False)
+class Lifeline:
+    """Stands for the reference to a parked call: awaiting it shows the death of its owner."""
+
+    reader: "Reader"
+
+    def __await__(self) -> Generator[Any, None, None]:
+        """Return when the call does; raise when its owner is known to be dead."""
+        if self.reader.mourned:
+            raise OwnerDiedError("00", None, "")
+        settled = self.reader.lifelines.setdefault(self, asyncio.get_running_loop().create_future())
+        yield from settled.__await__()
+
+    def settle(self, error: Exception | None = None) -> None:
+        settled = self.reader.lifelines.pop(self, None)
+        if settled is None or settled.done():
+            return
+        if error is None:
+            settled.set_result(None)
+        else:
+            settled.set_exception(error)
+
+
+@dataclass(eq=False)
+class Reader:
+    """A consumer: what feed and stream know of the protocol, without blocks and batches."""
+
+    job: "Job"
+    split: int
+    name: str
+    position: Position | None = None
+    alive: bool = True
+    mourned: bool = False
+    """Whether the news of its death is out."""
+    ousted: bool = False
+    """Thought dead while it was not, or an intruder from the beginning."""
+    number: int = 0
+    stream: Stream | None = None
+    lifelines: dict[Lifeline, "asyncio.Future[None]"] = field(default_factory=dict)
+
+    def open(self) -> None:
+        self.number += 1
+        self.stream = Stream(self.name, self.number)
+        self.lifeline = Lifeline(self)
+        self.started: Started | None = None
+        self.cursor: int | None = None
+        self.first = self.fed = self.rows = self.check = 0
+        self.edges: list[int] = [0]
+        """Rows at which the leases delivered begin, and the one after them."""
+        self.sizes: list[int] = []
+        self.last = False
+        self.pulling: Call | None = None
+        self.job.send(self, "hold", self.split, self.stream)
+        self.arrive(self.position)
+
+    def arrive(self, position: Position | None) -> None:
+        self.starting: Call | None = self.job.send(
+            self,
+            "start_epoch",
+            self.split,
+            self.stream,
+            [self.lifeline],
+            position,
+            None,
+            0,
+            COUNTERS,
+        )
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(self.rows, self.fed)
+
+    def act(self, begin: int, share: float) -> None:
+        """Do what a training loop does next: begin leases, finish rows, ask for more, or end."""
+        if self.stream is None:
+            self.open()
+            return
+        if self.started is None or self.starting is not None:
+            return
+        if self.cursor is not None:
+            self.fed = min(self.fed + begin, self.cursor)
+            begun = self.edges[self.fed - self.first]
+            self.rows = max(self.rows, self.rows + int((begun - self.rows) * share))
+            self.job.finish(self, self.rows)
+            if self.last and self.rows == self.edges[-1]:
+                self.close(ended=True)
+                return
+        ahead = sum(self.sizes[self.fed - self.first :])
+        if self.pulling is None and not self.last and ahead < self.started.prefetch_bytes:
+            self.pulling = self.say("pull", self.cursor, self.progress)
+        else:
+            self.say("acknowledge", self.progress)
+
+    def say(self, method: str, *what: object) -> Call:
+        assert self.started is not None
+        epoch = self.started.epoch
+        return self.job.send(self, method, self.split, epoch, self.stream, *what, COUNTERS)
+
+    def close(self, *, ended: bool = False) -> None:
+        if self.started is not None:
+            self.position = Position(self.started.epoch + 1)
+            if not self.ousted and not ended:
+                self.job.leave_early(self.started.epoch, self.split)
+        self.job.send(
+            self, "notify_split_finished", self.split, self.stream, self.progress, COUNTERS
+        )
+        self.stream = self.started = None
+
+    def fail(self) -> None:
+        """Let go of the stream; who was replaced ends."""
+        self.close()
+        if self.ousted:
+            self.alive = False
+            self.job.loop.call_later(0.5, self.die)
+
+    def where(self) -> Position:
+        """Return what its state would be saved as."""
+        if self.stream is None or self.started is None:
+            return self.position or Position(0)
+        if self.cursor is None:
+            if self.position and self.position.epoch == self.started.epoch:
+                return self.position
+            return Position(self.started.epoch)
+        check = self.check if self.fed > self.first else self.check_at_start
+        for i, (first, end) in enumerate(zip(self.edges, self.edges[1:], strict=False)):
+            if first >= self.rows or i >= self.fed - self.first:
+                break
+            check = fingerprint(check, end - first)
+        return Position(
+            self.started.epoch, self.rows, check, self.fed, earlier=self.started.earlier
+        )
+
+    def take(self, call: Call, reply: Any) -> None:
+        """Take the reply to a call of the present stream."""
+        if call.method == "hold":
+            self.lifeline.settle()
+        elif call is self.starting:
+            if isinstance(reply, Failure):
+                self.fail()
+                return
+            self.starting = None
+            if self.cursor is None:
+                self.started = Started(*reply)
+                self.rows = self.started.rows
+                self.job.begin(self, self.started)
+        elif call is self.pulling:
+            self.pulling = None
+            if isinstance(reply, Failure):
+                self.fail()
+            elif isinstance(reply, Rejoin):
+                if self.cursor is not None:
+                    self.cursor = self.fed
+                    del self.edges[self.fed - self.first + 1 :]
+                    del self.sizes[self.fed - self.first :]
+                self.last = False
+                self.arrive(self.where())
+            else:
+                self.receive(reply)
+
+    def receive(self, reply: Delivery) -> None:
+        assert self.started is not None
+        if self.cursor is None:
+            self.first = self.fed = self.cursor = reply.cursor
+            self.edges = [self.started.rows - reply.skip_rows]
+            self.check = self.check_at_start = reply.check
+            if reply.skip_rows:
+                first = Slice(*reply.slices[0])
+                self.check_at_start = fingerprint(reply.check, first.stop - first.start)
+        assert reply.cursor == self.cursor, "what was asked for"
+        for part in map(Slice._make, reply.slices):
+            assert isinstance(part.ref, Ref)
+            ids = list(part.ref.ids[part.start : part.stop])
+            self.job.deliver_rows(self, self.edges[-1], ids)
+            self.edges.append(self.edges[-1] + len(ids))
+            self.sizes.append(part.size_bytes)
+            self.cursor += 1
+        self.last = reply.end
+        if reply.end:
+            self.job.end(self, self.edges[-1])
+
+    def die(self) -> None:
+        """Let the coordinator know that the process has died."""
+        self.mourned = True
+        self.job.give_up(self)
+        for lifeline in tuple(self.lifelines):
+            lifeline.settle(OwnerDiedError("00", None, ""))
+
+
+@dataclass
+class Share:
+    """What a split got of an epoch."""
+
+    ids: list[int] = field(default_factory=list)
+    finished: int = 0
+    committed: int = 0
+    """As the present coordinator says."""
+    ended: bool = False
+
+
+class Job:
+    """A coordinator, its consumers, what is on the wire between them, and what must hold."""
+
+    def __init__(self, n: int, mode: tuple[bool, str], sizes: tuple[int, ...], budget: int) -> None:
+        self.n = n
+        self.equal, self.routing = mode
+        self.sizes = sizes
+        self.budget = budget
+        self.now = 0.0
+        self.readers: dict[int, Reader] = {}
+        self.others: list[Reader] = []
+        """Alive, and not who should read the split."""
+        self.born: dict[int, list[Reader]] = {}
+        self.states: list[dict[str, Any]] | None = None
+        self.disturbed = False
+        """Whether somebody has died or been restarted since states were loaded."""
+        self.generation = 0
+        self.shares: dict[tuple[int, int, int], Share] = {}
+        self.taken: dict[tuple[int, int], dict[int, int]] = {}
+        """For each epoch, which split has got a row; those of runs before have it from -1."""
+        self.partial: set[tuple[int, int]] = set()
+        """Epochs that somebody left early."""
+        self.continued: set[tuple[int, int]] = set()
+        """Epochs begun by another number of splits."""
+        self.loose: set[tuple[int, int]] = set()
+        """Those of them in which rows may come again."""
+        self.may_drop: dict[tuple[int, int], int] = {}
+        self.wire: list[Call] = []
+        self.loop = VirtualLoop()
+        self.restart()
+        for split in range(n):
+            self.spawn(split)
+
+    # What happens to it
+
+    def restart(self) -> None:
+        """Put a new coordinator in place of the old one; unanswered calls are sent again."""
+        self.close()
+        self.loop = loop = VirtualLoop()
+        loop.start_at(self.now)
+        self.unhandled: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: self.unhandled.append(context))
+        use_clock(loop)
+        dataset = SteadyDataset(
+            sum(self.sizes), loop, random.Random(0), context=Context(preserve_order=True)
+        )
+        dataset.sizes = self.sizes
+        loop.seconds_of = dataset.seconds_of
+        options = SplitOptions(
+            routing=self.routing,  # type: ignore[arg-type]
+            prefetch_bytes=self.budget,
+            barrier_timeout_s=BARRIER_S,
+            rejoin_timeout_s=REJOIN_S,
+            telemetry=TelemetryConfig(enabled=False),
+        )
+        self.coordinator = SplitCoordinator(self.n, self.equal, None, options, dataset)  # type: ignore[arg-type]
+        self.epoch = -1
+        self.waiting: dict[int, set[Stream]] = {}
+        self.closed: set[Stream] = set()
+        self.places: dict[int, Stream] = {}
+        self.fenced: set[Stream] = set()
+        self.heard: dict[int, float] = {}
+        self.died: dict[int, float] = {}
+        self.phase = Phase.WAITING
+        self.failures: list[tuple[float, dict[int, float], dict[int, float]]] = []
+        self.history: list[Call] = []
+        self.parked: dict[asyncio.Task[None], Call] = {}
+        self.bounds: dict[int, int] = {}
+        for share in self.shares.values():
+            share.committed = 0
+        for reader in [*self.readers.values(), *self.others]:
+            reader.lifelines.clear()
+
+    def close(self) -> None:
+        """End the coordinator's process."""
+        for task in asyncio.all_tasks(self.loop):
+            task.cancel()
+        with contextlib.suppress(BaseException):
+            self.loop.run_until_complete(asyncio.sleep(0))
+        self.loop.close()
+
+    def spawn(self, split: int, *, intruder: bool = False) -> Reader:
+        """Start a process that consumes a split."""
+        born = self.born.setdefault(split, [])
+        position = None
+        if self.states is not None and self.coordinator._epochs.epoch < 0:
+            position = position_from(self.states, split, self.n)
+        reader = Reader(self, split, f"{split}-{len(born)}", position, ousted=intruder)
+        born.append(reader)
+        if intruder:
+            self.others.append(reader)
+        else:
+            self.readers[split] = reader
+        return reader
+
+    def kill(self, split: int, news_after_s: float) -> None:
+        """Kill a split's consumer; what it has sent may still arrive."""
+        reader = self.readers[split]
+        reader.alive = False
+        self.disturb()
+        self.loop.call_later(news_after_s, reader.die)
+        self.died.setdefault(split, self.now)
+        self.pass_time(AT_ONCE_S)
+
+    def give_up(self, reader: Reader) -> None:
+        """Note that a consumer known to be dead does not count as arrived."""
+        waiting = self.waiting.get(reader.split, set())
+        waiting -= {stream for stream in waiting if stream.consumer == reader.name}
+
+    def send(self, reader: Reader, method: str, *args: Any) -> Call:
+        assert reader.stream is not None
+        self.wire.append(Call(reader, method, args, reader.stream))
+        return self.wire[-1]
+
+    def deliver(self, call: Call, *, reply_lost: bool = False) -> None:
+        """Let a message arrive, and everything happen that needs no time."""
+        reader = call.reader
+        present = reader.alive and call.stream == reader.stream
+        if not present and reader not in self.born[reader.split][-KEPT:]:
+            return  # nothing of theirs is on its way any more, as `KEPT` says
+        self.history.append(call)
+        if call.method == "report_death":
+            self.give_up(reader)
+        if call.method == "start_epoch":
+            self.waiting.setdefault(call.reader.split, set()).add(call.stream)
+        if call.method == "notify_split_finished":
+            self.closed.add(call.stream)
+        refused = call.method in ("start_epoch", "pull", "acknowledge") and (
+            call.stream in self.closed or call.stream in self.fenced
+        )
+        task = self.loop.create_task(self.serve(call, refused, reply_lost))
+        self.parked[task] = call
+        task.add_done_callback(self.parked.pop)
+        came = self.now
+        self.pass_time(AT_ONCE_S)
+        arrived = self.coordinator._epochs.holder(reader.split) == call.stream
+        waits = call.method == "pull" and not task.done()
+        if waits or (arrived and call.method == "start_epoch"):
+            self.hear(reader, came)
+
+    async def serve(self, call: Call, refused: bool, reply_lost: bool) -> None:
+        reader, came = call.reader, self.now
+        reply = await getattr(self.coordinator, call.method)(*call.args)
+        failed = isinstance(reply, Failure)
+        if failed:
+            self.judge(call, reply.unpack())
+        elif call.method in ("pull", "acknowledge"):
+            if not isinstance(reply, Rejoin):
+                self.hear(reader, came)
+            empty = isinstance(reply, Delivery) and not reply.slices and not reply.end
+            assert not refused or empty or isinstance(reply, Rejoin), f"{call} was accepted"
+        elif call.method == "start_epoch":
+            assert not refused, f"{call} was accepted"
+        if reply_lost and not call.answered and reader.alive:
+            self.wire.append(call)
+        elif not call.answered and reader.alive:
+            call.answered = True
+            if call.stream == reader.stream:
+                reader.take(call, reply)
+
+    def judge(self, call: Call, error: BaseException) -> None:
+        """Check that an error has a reason."""
+        reader = call.reader
+        if call.answered or call.stream != reader.stream:
+            return  # nobody waits for it
+        if isinstance(error, ConsumerLostError):
+            stories = re.findall(r"split (\d+) (died|has not been heard of)", str(error))
+            assert stories
+            for split, story in stories:
+                # The epoch may have failed earlier, and its consumer hears of it now.
+                moments = [(self.loop.time(), self.heard, self.died), *self.failures]
+                if story == "died":
+                    bound = REJOIN_S
+                    silent = [now - died.get(int(split), now) for now, _, died in moments]
+                else:
+                    bound = BARRIER_S
+                    silent = [now - heard.get(int(split), 0.0) for now, heard, _ in moments]
+                assert max(silent) >= bound - 0.001, f"too early: {error}"
+        elif isinstance(error, ConsumerConflictError):
+            rivals = [r for r in self.others if r.split == reader.split]
+            assert reader.ousted or not reader.alive or rivals, error
+        elif isinstance(error, CoordinatorLostError):
+            assert self.routing == "demand", error
+        elif isinstance(error, StateMismatchError):
+            late = reader.position and reader.position.epoch <= self.coordinator._epochs.epoch
+            assert self.states is not None, error
+            assert late or self.disturbed, error
+            reader.position = None
+        else:  # of a message that is late, or of an epoch that failed before
+            assert isinstance(error, StaleEpochError | StreamClosedError), (call, error)
+
+    def pass_time(self, seconds: float) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+        self.now = self.loop.time()
+        assert not self.unhandled, self.unhandled[0]
+        self.check()
+
+    # What is noted of it
+
+    def hear(self, reader: Reader, came: float) -> None:
+        """Note a message that was accepted."""
+        split = reader.split
+        self.heard[split] = max(self.heard.get(split, came), came)
+        if reader.alive and not reader.ousted:
+            self.died.pop(split, None)
+
+    def share(self, epoch: int, split: int) -> Share:
+        return self.shares.setdefault((self.generation, epoch, split), Share())
+
+    def begin(self, reader: Reader, started: Started) -> None:
+        share = self.share(started.epoch, reader.split)
+        if self.is_loose(started.epoch):
+            return
+        assert started.rows <= share.finished, "rows are lost"
+        if started.epoch == self.coordinator._epochs.epoch:
+            assert started.rows >= share.committed, "committed rows come again"
+
+    def finish(self, reader: Reader, rows: int) -> None:
+        assert reader.started is not None
+        share = self.share(reader.started.epoch, reader.split)
+        share.finished = max(share.finished, rows)
+
+    def deliver_rows(self, reader: Reader, first: int, ids: list[int]) -> None:
+        assert reader.started is not None
+        epoch = reader.started.epoch
+        share = self.share(epoch, reader.split)
+        if self.is_loose(epoch):
+            return
+        assert first <= len(share.ids), "rows are left out"
+        known = share.ids[first : first + len(ids)]
+        assert known == ids[: len(known)], "what comes again is the same"
+        taken = self.taken.setdefault((self.generation, epoch), {})
+        for i in ids[len(known) :]:
+            assert i not in taken, f"row {i} goes to {reader.split}, and to {taken[i]}"
+            taken[i] = reader.split
+            share.ids.append(i)
+
+    def end(self, reader: Reader, rows: int) -> None:
+        """Check an epoch that all have read to its end."""
+        assert reader.started is not None
+        epoch = reader.started.epoch
+        share = self.share(epoch, reader.split)
+        if self.is_loose(epoch):
+            return
+        assert rows == len(share.ids), "the whole share"
+        share.ended = True
+        shares = [self.share(epoch, split) for split in range(self.n)]
+        if not all(s.ended for s in shares) or (self.generation, epoch) in self.partial:
+            return
+        missing = sum(self.sizes) - len(self.taken.get((self.generation, epoch), {}))
+        if self.equal:
+            assert len({len(s.ids) for s in shares}) == 1, "equal shares"
+            missing -= min(missing, self.may_drop.get((self.generation, epoch), self.n - 1))
+        assert not missing, f"{missing} rows of epoch {epoch} are lost"
+
+    def leave_early(self, epoch: int, split: int) -> None:
+        self.partial.add((self.generation, epoch))
+        self.share(epoch, split).finished = FINISHED
+
+    def disturb(self) -> None:
+        """Note that somebody died.
+
+        What another number of splits had read before is known to the consumers alone: if they die
+        along with the coordinator, all of the epoch comes again.
+        """
+        self.disturbed = True
+        self.loose |= {key for key in self.continued if key[0] == self.generation}
+
+    def is_loose(self, epoch: int) -> bool:
+        return (self.generation, epoch) in self.loose
+
+    def whole(self) -> set[int]:
+        """Return the epochs that all splits have read to the end."""
+        epochs = {epoch for generation, epoch, _ in self.shares if generation == self.generation}
+        return {
+            epoch
+            for epoch in epochs
+            if all(self.share(epoch, split).ended for split in range(self.n))
+            and (self.generation, epoch) not in self.partial
+        }
+
+    # What must hold
+
+    def check(self) -> None:
+        """Check what must hold between two messages."""
+        epochs, ledger = self.coordinator._epochs, self.coordinator._ledger
+        if epochs.phase is Phase.WAITING and self.phase is not Phase.WAITING:
+            moment = (self.now, dict(self.heard), dict(self.died))
+            self.failures = [moment, *self.failures[:3]]
+        self.phase = epochs.phase
+        if epochs.epoch != self.epoch:
+            self.check_barrier(epochs.epoch)
+        for split in [s for s in self.places if s not in epochs.active]:
+            self.fenced.add(self.places.pop(split))
+        for split, stream in epochs.active.items():
+            before = self.places.setdefault(split, stream)
+            if before != stream:
+                self.fenced.add(before)
+                self.places[split] = stream
+                self.bounds[split] = ledger.logs[split].leased_bytes
+        if epochs.phase is not Phase.RUNNING:
+            self.bounds.clear()
+            return
+        leased = committed = 0
+        for split, log in enumerate(ledger.logs):
+            leased += log.leased_rows
+            committed += log.committed_rows
+            share = self.share(epochs.epoch, split)
+            if not self.is_loose(epochs.epoch):
+                assert log.committed_rows >= share.committed, "a committed row is not any more"
+                assert log.committed_rows <= share.finished, "nobody has finished that"
+            share.committed = log.committed_rows
+            self.check_budget(split)
+        assert ledger.produced_rows == (
+            leased + committed + ledger.truncated_rows + ledger.router.unassigned_rows
+        ), "each row is unassigned, leased, committed or truncated"
+
+    def check_barrier(self, epoch: int) -> None:
+        """Each split has arrived, by name, and the epoch is the next one."""
+        assert epoch > self.epoch, "epochs only grow"
+        self.epoch = epoch
+        absent = [split for split in range(self.n) if not self.waiting.get(split)]
+        assert not absent, f"epoch {epoch} began without splits {absent}"
+        # Those who have finished it stay, and those about whom no verdict has been reached.
+        active = set(self.coordinator._epochs.active.values())
+        self.waiting = {}
+        for call in self.parked.values():
+            if call.method == "start_epoch" and call.stream not in active:
+                self.waiting.setdefault(call.reader.split, set()).add(call.stream)
+        self.places.clear()
+        self.bounds.clear()
+        for (_, e, _), share in self.shares.items():
+            if e == epoch:
+                share.committed = 0
+
+    def check_budget(self, split: int) -> None:
+        """What waits for a consumer is bounded, whatever the coordinator thinks of it."""
+        log = self.coordinator._ledger.logs[split]
+        reader = self.readers[split]
+        if log.left or reader.stream is None or self.places.get(split) != reader.stream:
+            return
+        begun = max(log.first_seq, reader.fed)
+        leases = log.read(min(begun, log.next_seq), max_leases=1000)
+        waiting = sum(lease.part.size_bytes for lease in leases)
+        bound = self.budget + max(self.sizes) * ROW_BYTES
+        if waiting < bound:
+            self.bounds.pop(split, None)
+        taken_over = self.bounds.get(split, 0) + max(self.sizes) * ROW_BYTES
+        assert waiting < bound or waiting <= taken_over, f"{waiting} bytes wait, {bound} may"
+
+
+SPLITS = st.integers(0, 3)
+FATES = st.sampled_from(("arrives", "arrives", "arrives", "late", "twice", "reply lost"))
+
+
+class ProtocolMachine(RuleBasedStateMachine):
+    """Moves a job, one event at a time."""
+
+    @initialize(
+        n=st.integers(1, 3),
+        mode=st.sampled_from([(False, "rows"), (True, "rows"), (False, "demand")]),
+        sizes=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+        budget=st.sampled_from((1, 60, 1000)),
+    )
+    def start(self, n: int, mode: tuple[bool, str], sizes: list[int], budget: int) -> None:
+        self.fakes = contextlib.ExitStack()
+        self.fakes.enter_context(fakes_installed())
+        self.job = Job(n, mode, tuple(sizes), budget)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "job"):
+            return
+        try:
+            self.somebody_can_always_go_on()
+        finally:
+            self.job.close()
+            self.fakes.close()
+
+    def split(self, which: int) -> int:
+        return which % self.job.n
+
+    @rule(which=SPLITS, begin=st.integers(0, 3), share=st.sampled_from((0.0, 0.5, 1.0)), fate=FATES)
+    def a_consumer_acts(self, which: int, begin: int, share: float, fate: str) -> None:
+        reader = self.job.readers[self.split(which)]
+        if not reader.alive:
+            return
+        before = len(self.job.wire)
+        reader.act(begin, share)
+        sent = self.job.wire[before:]
+        if fate != "late":
+            del self.job.wire[before:]
+            for call in sent:
+                if fate == "twice":
+                    self.job.deliver(call)
+                self.job.deliver(call, reply_lost=fate == "reply lost")
+
+    @rule(times=st.integers(1, 4), begin=st.integers(1, 4))
+    def all_act(self, times: int, begin: int) -> None:
+        for _ in range(times):
+            self.step(begin)
+
+    @rule(which=SPLITS)
+    def one_is_slow(self, which: int) -> None:
+        """The others wait for it, and longer than for one that says nothing."""
+        slow = self.job.readers[self.split(which)]
+        for _ in range(5):
+            for reader in self.job.readers.values():
+                if reader.alive:
+                    reader.act(*((0, 0.0) if reader is slow else (4, 1.0)))
+            self.deliver_all()
+            self.job.pass_time(3.0)
+
+    def step(self, begin: int) -> None:
+        for reader in [*self.job.readers.values(), *self.job.others]:
+            if reader.alive:
+                reader.act(begin, 1.0)
+        self.deliver_all()
+        self.job.pass_time(0.1)
+
+    def deliver_all(self) -> None:
+        sent, self.job.wire = self.job.wire, []
+        for call in sent:
+            self.job.deliver(call)
+
+    @precondition(lambda self: self.job.wire)
+    @rule(which=st.integers(0, 20), lost=st.booleans())
+    def a_late_message_arrives(self, which: int, lost: bool) -> None:
+        call = self.job.wire.pop(which % len(self.job.wire))
+        self.job.deliver(call, reply_lost=lost)
+
+    @precondition(lambda self: self.job.history)
+    @rule(which=st.integers(0, 30))
+    def an_old_message_arrives_again(self, which: int) -> None:
+        call = self.job.history[-1 - which % len(self.job.history)]
+        if call.method != "hold":
+            self.job.deliver(call)
+
+    @precondition(lambda self: any(c.method == "acknowledge" for c in self.job.wire))
+    @rule()
+    def progress_is_lost(self) -> None:
+        self.job.wire = [call for call in self.job.wire if call.method != "acknowledge"]
+
+    @rule(which=SPLITS, news_after_s=st.sampled_from((0.0, 1.5)), arrives=st.booleans())
+    def a_consumer_is_killed(self, which: int, news_after_s: float, arrives: bool) -> None:
+        split = self.split(which)
+        reader = self.job.readers[split]
+        if not reader.alive:
+            return
+        self.job.kill(split, news_after_s)
+        if not arrives:
+            self.job.wire = [call for call in self.job.wire if call.reader is not reader]
+
+    @rule(which=SPLITS)
+    def a_consumer_is_replaced(self, which: int) -> None:
+        split = self.split(which)
+        if not self.job.readers[split].alive:
+            self.job.spawn(split)
+
+    @rule(which=SPLITS)
+    def a_live_consumer_is_thought_dead(self, which: int) -> None:
+        split = self.split(which)
+        reader = self.job.readers[split]
+        if not reader.alive or reader.stream is None:
+            return
+        call = Call(reader, "report_death", (split, reader.stream), reader.stream)
+        self.job.deliver(call)
+        self.job.died.setdefault(split, self.job.now)
+        reader.ousted = True
+        self.job.disturb()
+        self.job.others.append(reader)
+        self.job.spawn(split)
+
+    @rule(which=SPLITS)
+    def an_intruder_comes(self, which: int) -> None:
+        split = self.split(which)
+        holder = self.job.coordinator._epochs.holder(split)
+        reader = self.job.readers[split]
+        if reader.alive and holder is not None and holder == reader.stream:
+            intruder = self.job.spawn(split, intruder=True)
+            intruder.open()
+            self.deliver_all()
+            self.job.pass_time(4.0)
+            # The one who was there may have lost its place meanwhile.
+            lost = self.job.coordinator._epochs.is_closed(split, holder)
+            assert intruder.stream is None or lost, "it is refused"
+            intruder.alive = False
+            intruder.die()
+            self.job.died.setdefault(split, self.job.now)
+            self.job.others.remove(intruder)
+
+    @rule(which=SPLITS)
+    def a_loop_is_left(self, which: int) -> None:
+        reader = self.job.readers[self.split(which)]
+        if reader.alive and reader.stream is not None:
+            reader.close()
+
+    @rule(seconds=st.sampled_from((0.01, 0.5, 2.0, 6.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.job.pass_time(seconds)
+
+    @rule()
+    def nothing_is_said_for_long(self) -> None:
+        """Every wait ends: with what was waited for, or with an error."""
+        self.job.pass_time(2 * BARRIER_S + REJOIN_S)
+        waiting = [
+            call
+            for call in self.job.parked.values()
+            if call.method != "hold" and not call.reader.ousted
+        ]
+        assert not waiting, f"{waiting} wait for ever"
+
+    @rule()
+    def the_coordinator_dies(self) -> None:
+        """Ray sends calls again that were not answered, of those who are alive."""
+        job = self.job
+        unanswered = [*job.parked.values(), *job.wire]
+        for reader in job.others:
+            reader.alive = False  # nobody could tell it from the one that replaced it
+        job.others.clear()
+        job.restart()
+        job.disturb()
+        job.wire = [
+            call
+            for call in dict.fromkeys(unanswered)
+            if call.reader.alive and not call.answered and call.method != "report_death"
+        ]
+        for split in range(job.n):
+            # Nobody tells the new coordinator of those who died before it came.
+            if not job.readers[split].alive:
+                job.spawn(split)
+        if job.routing == "demand":
+            job.generation += 1
+
+    @precondition(lambda self: self.job.routing == "rows")
+    @rule(n=st.integers(1, 3))
+    def the_run_is_resumed(self, n: int) -> None:
+        """All states are saved, all processes end, and a new run of ``n`` splits loads them."""
+        job = self.job
+        if not all(reader.alive for reader in job.readers.values()):
+            return
+        stood = [job.readers[split].where() for split in range(job.n)]
+        epoch = min(position.epoch for position in stood)
+        if any(p.epoch > epoch + 1 or (p.epoch > epoch and p.rows) for p in stood):
+            return  # not states of one moment: somebody began anew
+        if len({p.earlier for p in stood if p.epoch == epoch}) > 1:
+            return
+        states = [state_of(position, split, job.n) for split, position in enumerate(stood)]
+        job.states = json.loads(json.dumps(states))
+        job.disturbed = False
+        shares = [job.share(epoch, split) for split in range(job.n)]
+        rows = [p.rows if p.epoch == epoch else FINISHED for p in stood]
+        for share, finished in zip(shares, rows, strict=True):
+            share.finished = finished
+        if n != job.n:
+            self.begin_generation(epoch, shares, rows, n)
+        job.wire.clear()
+        job.readers.clear()
+        job.others.clear()
+        job.n = n
+        job.restart()
+        for split in range(n):
+            job.spawn(split)
+
+    def begin_generation(self, epoch: int, shares: list[Share], rows: list[int], n: int) -> None:
+        job = self.job
+        old, new = (job.generation, epoch), (job.generation + 1, epoch)
+        if any(rows) or old in job.may_drop:
+            job.may_drop[new] = job.may_drop.get(old, job.n - 1) + n - 1
+        before = {i: -1 for i, split in job.taken.get(old, {}).items() if split == -1}
+        for share, finished in zip(shares, rows, strict=True):
+            before |= dict.fromkeys(share.ids[:finished], -1)
+        job.taken[new] = before
+        job.continued.add(new)
+        for marked in (job.partial, job.loose):
+            if old in marked:
+                marked.add(new)
+        job.generation += 1
+
+    def somebody_can_always_go_on(self) -> None:
+        """Whatever has happened: when all come and read, they get a whole epoch."""
+        job = self.job
+        for reader in job.others:
+            reader.alive = False
+            job.loop.call_later(0.5, reader.die)
+        self.deliver_all()
+        for split in range(job.n):
+            if not job.readers[split].alive:
+                job.spawn(split)
+        before = job.whole()
+        for _ in range(200):
+            if job.whole() - before:
+                return
+            self.step(100)
+        raise AssertionError(f"no epoch comes to its end: {job.coordinator._epochs}")
+
+
+TestProtocol = ProtocolMachine.TestCase
+TestProtocol.settings = settings(stateful_step_count=30)
