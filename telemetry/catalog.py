@@ -987,8 +987,8 @@ ready. One that trains on a batch for long cannot be told from one that is stuck
   with histograms as such; that needs `asyncsplit[otel]`.
 - **Ray's own metrics.** `TelemetryConfig(ray_metrics=True)` adds them there every
   `push_interval_s`, with `ray_` before the name and without the label `split`: sums of counters,
-  and the worst split's gauge. Of a histogram there are `_sum` and `_count`, as counters. That needs
-  `ray[default]`.
+  and the worst split's gauge. Of a histogram there are counters, `_sum_total` and `_count_total`.
+  That needs `ray[default]`.
 
 ## Reference
 

@@ -16,7 +16,9 @@ import asyncsplit
 from asyncsplit import AsyncDataIterator, SplitOptions, TelemetryConfig
 from asyncsplit.demo.scrape import Samples
 from asyncsplit.telemetry.discovery import targets
-from tests.integration.consume import Reader, eventually
+from asyncsplit.telemetry.ray_metrics import Bridge
+from asyncsplit.telemetry.state import CoordinatorState
+from tests.integration.consume import Reader, eventually, read
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
@@ -136,6 +138,19 @@ async def test_where_the_time_of_training_goes_is_told_apart() -> None:
     assert await scraper.value("barrier_arrivals_total") == 2
     assert await scraper.value("barrier_wait_seconds_count") == 1
     assert await scraper.value("guard_locks_total") >= 1
+
+
+async def test_a_ray_that_exports_no_metrics_says_what_is_missing() -> None:
+    if any(node["MetricsExportPort"] > 0 for node in ray.nodes()):
+        pytest.skip("this Ray exports metrics: ray[default] is installed")
+    with pytest.raises(RuntimeError, match=r"pip install 'ray\[default\]'"):
+        Bridge(CoordinatorState.of("id", 1))
+
+
+async def test_a_ray_that_exports_no_metrics_does_not_keep_a_job_from_running() -> None:
+    telemetry = TelemetryConfig(ray_metrics=True, push_interval_s=0.01)
+    (it,) = split_of(1, 1, telemetry=telemetry)
+    assert len(await read(it)) == 100
 
 
 @pytest.mark.parametrize("end", ["dropped", "SIGKILL"])
