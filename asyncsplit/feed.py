@@ -209,7 +209,8 @@ class Feed:
             return
         if self._cursor is None:
             assert self.started is not None
-            self._reading.deliver(reply.cursor, reply.skip_rows, reply.check)
+            first_rows = reply.slices[0].stop - reply.slices[0].start if reply.slices else 0
+            self._reading.deliver(reply.cursor, reply.skip_rows, reply.check, first_rows)
             if self.started.shuffle is not None:
                 self._pipeline.resume(reply.skipped, self.started.rows, self.started.shuffle.seed)
         self._backlog.extend(_Pending(Slice(*part)) for part in reply.slices)

@@ -41,6 +41,7 @@ class Reading:
         self._first: int | None = None
         self._skip_rows = 0
         self._check = 0
+        self._arrived_check = 0
         self._next_row = 0
         # Of each slice begun and not known to be finished: its first row, and the fingerprint
         # after it.
@@ -57,11 +58,15 @@ class Reading:
         self._draws_all = rows == 0 or shuffled
         self._earlier = earlier
 
-    def deliver(self, cursor: int, skip_rows: int, check: int) -> None:
-        """Note the first slice: its number, its finished rows, the fingerprint before it."""
+    def deliver(self, cursor: int, skip_rows: int, check: int, rows: int = 0) -> None:
+        """Note the first slice: its number, its finished rows, the fingerprint before it, its rows.
+
+        The last may be left out if none of it is finished.
+        """
         self._first = self.fed = cursor
         self._skip_rows = skip_rows
         self._check = check
+        self._arrived_check = fingerprint(check, rows) if skip_rows else check
         self._next_row = self._rows_before - skip_rows
 
     def begin(self, rows: int) -> int:
@@ -114,7 +119,7 @@ class Reading:
                 )
             # Which rows are finished is no number: go back to where all of them are.
             rows = self._marks[0][0] if self._marks else rows
-        check = self._check
+        check = self._check if self.begun else self._arrived_check
         for first_row, check_after in self._marks:
             if first_row >= rows:
                 break

@@ -555,7 +555,7 @@ class Job:
 
     def check(self) -> None:
         """Check what must hold between two messages."""
-        epochs, ledger = self.coordinator._epochs, self.coordinator._ledger
+        epochs, ledger = self.coordinator._epochs, self.coordinator._distribution.ledger
         if epochs.phase is Phase.WAITING and self.phase is not Phase.WAITING:
             moment = (self.now, dict(self.heard), dict(self.died))
             self.failures = [moment, *self.failures[:3]]
@@ -607,7 +607,7 @@ class Job:
 
     def check_budget(self, split: int) -> None:
         """What waits for a consumer is bounded, whatever the coordinator thinks of it."""
-        log = self.coordinator._ledger.logs[split]
+        log = self.coordinator._distribution.ledger.logs[split]
         reader = self.readers[split]
         if log.left or reader.stream is None or self.places.get(split) != reader.stream:
             return
