@@ -9,6 +9,7 @@ from asyncsplit import __version__
 
 # Imported on use, since a command may need an extra.
 _COMMANDS = {
+    "dashboards": ("asyncsplit.telemetry.export", "write dashboards and alerts to a folder"),
     "demo": ("asyncsplit.demo", "feed a handful of async workers and watch the data plane"),
 }
 

@@ -172,8 +172,8 @@ ALERTS = (
         f"{_ALL.increase('asyncsplit_guard_rejections_total', 'operation', window='15m')} > 0",
         "0m",
         "Calls of {{ $labels.operation }} on {{ $labels.dataset }} are rejected",
-        "Of the operation {{ $labels.operation }}, about {{ $value | humanize }} calls were rejected"
-        f" in 15 minutes: dataset {_OF} was being executed, and they would have executed it a"
+        "Of the operation {{ $labels.operation }}, about {{ $value | humanize }} calls were"
+        f" rejected in 15 minutes: dataset {_OF} was being executed, and they would have executed it a"
         " second time.",
     ),
     Alert(
