@@ -485,7 +485,7 @@ COORDINATOR = Dashboard(
             ),
         ),
         Row(
-            "Losses",
+            "What was lost?",
             (
                 Panel(
                     "Losses",

@@ -1,5 +1,6 @@
 """Makes Grafana's JSON of a board."""
 
+from collections.abc import Callable
 from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import common as common_builder
@@ -206,4 +207,8 @@ def _table(panel: Panel) -> table.Panel:
     )
 
 
-_OF_KIND = {"timeseries": _timeseries, "stat": _stat, "table": _table}
+_OF_KIND: dict[str, Callable[[Panel], _AnyPanel]] = {
+    "timeseries": _timeseries,
+    "stat": _stat,
+    "table": _table,
+}

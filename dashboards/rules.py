@@ -173,8 +173,8 @@ ALERTS = (
         "0m",
         "Calls of {{ $labels.operation }} on {{ $labels.dataset }} are rejected",
         "Of the operation {{ $labels.operation }}, about {{ $value | humanize }} calls were"
-        f" rejected in 15 minutes: dataset {_OF} was being executed, and they would have executed it a"
-        " second time.",
+        f" rejected in 15 minutes: dataset {_OF} was being executed, and they would have executed"
+        " it a second time.",
     ),
     Alert(
         "AsyncSplitIteratorGrown",

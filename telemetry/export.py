@@ -1,4 +1,4 @@
-"""``asyncsplit dashboards export``: dashboards, rules and configuration, for people who run them."""
+"""``asyncsplit dashboards export`` writes dashboards, rules and configuration to a folder."""
 
 import argparse
 import errno

@@ -12,6 +12,11 @@ import pytest
 from asyncsplit import __version__
 
 ROOT = Path(__file__).parents[2]
+DASHBOARDS = {
+    f"asyncsplit/dashboards/{file.relative_to(ROOT / 'dashboards/files').as_posix()}"
+    for file in (ROOT / "dashboards/files").rglob("*")
+    if file.is_file()
+}
 TELEMETRY = {
     f"asyncsplit/telemetry/{file.relative_to(ROOT / 'asyncsplit/telemetry').as_posix()}"
     for file in (ROOT / "asyncsplit/telemetry").rglob("*.py")
@@ -51,6 +56,7 @@ def test_wheel_holds_one_typed_package_with_telemetry_inside(wheel: Path) -> Non
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"asyncsplit"}
     assert {"asyncsplit/py.typed", "asyncsplit/telemetry/__init__.py"} <= names
     assert names >= TELEMETRY
+    assert {name for name in names if "dashboards/" in name} == DASHBOARDS
 
 
 def test_sdist_holds_telemetry_once_as_files(release: Path) -> None:
@@ -60,9 +66,13 @@ def test_sdist_holds_telemetry_once_as_files(release: Path) -> None:
             for member in archive
         }
 
-    assert members.keys() >= TELEMETRY | {"asyncsplit/py.typed", "pyproject.toml", "LICENSE"}
-    assert all(members[name].isreg() for name in TELEMETRY)
-    assert not [name for name in members if name.startswith("telemetry")]
+    assert members.keys() >= TELEMETRY | DASHBOARDS | {
+        "asyncsplit/py.typed",
+        "pyproject.toml",
+        "LICENSE",
+    }
+    assert all(members[name].isreg() for name in TELEMETRY | DASHBOARDS)
+    assert not [name for name in members if name.startswith(("telemetry", "dashboards"))]
 
 
 def test_wheel_from_sdist_equals_wheel_from_checkout(wheel: Path, release: Path) -> None:
@@ -100,3 +110,17 @@ def test_users_own_telemetry_module_and_ours_live_side_by_side(
         str(tmp_path / "telemetry.py"),
         str(installed / "asyncsplit/telemetry/__init__.py"),
     ]
+
+
+def test_dashboards_are_exported_where_only_the_wheel_is_installed(
+    installed: Path, tmp_path: Path
+) -> None:
+    program = "import sys; from asyncsplit.cli import main; sys.exit(main(sys.argv[1:]))"
+    output = subprocess.check_output(
+        [sys.executable, "-P", "-c", program, "dashboards", "export", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        text=True,
+    )
+    assert output.splitlines() == sorted(
+        str(tmp_path / name.removeprefix("asyncsplit/dashboards/")) for name in DASHBOARDS
+    )
