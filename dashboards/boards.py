@@ -492,7 +492,11 @@ COORDINATOR = Dashboard(
                     "short",
                     "All zero in a quiet run. Each bar is what happened in the interval before it.",
                     (
-                        _events("asyncsplit_redelivered_rows_total", "rows redelivered"),
+                        Query(
+                            Q.increase("asyncsplit_redelivered_rows_total"),
+                            "{{dataset}} rows redelivered",
+                            unit="suffix: rows",
+                        ),
                         _events("asyncsplit_rejoins_total", "rejoined, {{reason}}", "reason"),
                         _events("asyncsplit_consumer_deaths_total", "consumers died"),
                         _events("asyncsplit_consumers_lost_total", "consumers given up"),

@@ -78,7 +78,7 @@ def start() -> Iterator[Callable[[AsyncDataIterator], Any]]:
 def gated(gate: Path) -> Dataset:
     """Return a dataset that brings nothing before a file is there."""
 
-    def wait(batch: dict[str, Any]) -> dict[str, Any]:
+    def wait(batch: Any) -> Any:
         while not gate.exists():
             time.sleep(0.01)
         return batch

@@ -1,0 +1,73 @@
+"""``python -m dashboards.job DIR`` runs the job that the previews show, for a minute and a half.
+
+Four workers train for three epochs. The one of split 2 is slow. In the middle of each epoch the
+dataset stops for a while. In the second epoch the worker of split 1 is killed and replaced, and it
+comes late to the third. The coordinator announces itself in DIR, for a Prometheus that scrapes once
+a second.
+"""
+
+import asyncio
+import sys
+import time
+from typing import Any
+
+import ray
+
+import asyncsplit
+
+SPLITS, EPOCHS = 4, 3
+STEP_S, SLOW_STEP_S = 0.03, 0.06
+PAUSE_S = 6.0
+
+
+class Worker:
+    """Trains on one split."""
+
+    def __init__(self, split: asyncsplit.AsyncDataIterator) -> None:
+        """Begin."""
+        self._split = split
+        self._step_s = SLOW_STEP_S if split.split_index == 2 else STEP_S
+
+    async def train(self) -> None:
+        """Train for an epoch."""
+        async for _ in self._split.iter_batches(batch_size=100):
+            await asyncio.sleep(self._step_s)
+
+
+def slow_in_the_middle(batch: Any) -> Any:
+    """Take a while for each block, and for two of them, one for each CPU, long."""
+    time.sleep(0.4)
+    if {60_000, 62_500} & set(batch["id"]):
+        time.sleep(PAUSE_S)
+    return batch
+
+
+def start(split: asyncsplit.AsyncDataIterator) -> Any:
+    """Return a worker in a process of its own."""
+    return ray.remote(Worker).options(num_cpus=0).remote(split)
+
+
+def main() -> None:
+    """Run it."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    dataset = ray.data.range(120_000, override_num_blocks=48)
+    dataset = dataset.map_batches(slow_in_the_middle, batch_size=None)
+    dataset.set_name("flights")
+    telemetry = asyncsplit.TelemetryConfig(discovery_dir=sys.argv[1])
+    options = asyncsplit.SplitOptions(prefetch_bytes=40_000, telemetry=telemetry)
+    splits = asyncsplit.streaming_split(dataset, SPLITS, options=options)
+    workers = [start(split) for split in splits]
+    for epoch in range(EPOCHS):
+        late = [1] if epoch == 2 else []
+        training = {i: w.train.remote() for i, w in enumerate(workers) if i not in late}
+        time.sleep(PAUSE_S)
+        if epoch == 1:
+            ray.kill(workers[1])
+            workers[1] = start(splits[1])
+            late = [1]
+        training |= {i: workers[i].train.remote() for i in late}
+        ray.get(list(training.values()))
+
+
+if __name__ == "__main__":
+    main()
