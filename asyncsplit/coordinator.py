@@ -20,17 +20,17 @@ from ray.data import DataContext, Dataset, Schema
 
 from asyncsplit import engine
 from asyncsplit.core.epochs import Epochs, Phase, Stream
-from asyncsplit.core.ledger import Ledger, Past, Position
+from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, listing
 from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import make_router
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.distribution import Distribution
 from asyncsplit.errors import (
+    AsyncSplitError,
     ConsumerConflictError,
     ConsumerLostError,
     StaleEpochError,
-    StateMismatchError,
     StreamClosedError,
 )
 from asyncsplit.guard import DuringExecution, Guard
@@ -337,7 +337,7 @@ class SplitCoordinator:
         try:
             repeatable = self._keeps_order and self._options.routing == "rows"
             self._earlier = read_before(resume, self._n, epoch, repeatable=repeatable)
-        except StateMismatchError as error:
+        except AsyncSplitError as error:
             distribution.error = error
         else:
             distribution.replay(Replay(splits, equal=self._equal) for splits in self._earlier)
@@ -352,7 +352,8 @@ class SplitCoordinator:
             return  # given up meanwhile: the guard stops the executor next
         self._epochs.started()
         self._state.epoch_started()
-        for split in set(range(self._n)) - {*self._epochs.active, *resume}:
+        finished = {split for split, position in resume.items() if position.rows == FINISHED}
+        for split in set(range(self._n)) - {*self._epochs.active, *finished}:
             distribution.ledger.leave(split)  # closed while the executor was starting
         for split in openings:
             position = resume.get(split, Position(epoch))

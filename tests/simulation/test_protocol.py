@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -880,7 +879,6 @@ class ProtocolMachine(RuleBasedStateMachine):
         raise AssertionError(f"no epoch comes to its end: {job.coordinator._epochs}")
 
 
-@pytest.mark.xfail(reason="it keeps its share, and its budget is full", strict=True)
 def test_who_leaves_while_a_restarted_coordinator_starts_keeps_nobody_waiting() -> None:
     machine = ProtocolMachine()
     machine.start(n=2, mode=(False, "rows"), sizes=[4] * 8, budget=1)
