@@ -85,11 +85,15 @@ class Distribution:
         """
         log = self.ledger.logs[split]
         begin = log.first_seq if cursor is None else cursor
+        exhausted = self.ledger.exhausted(split)
+        if begin > log.next_seq and not exhausted:
+            # What a consumer has had before a restart is still being produced again.
+            return Delivery(begin, (), end=False)
         slices = tuple(
             Slice(part.block, part.start, part.stop, part.size_bytes)  # type: ignore[arg-type]
             for _, part, _ in log.read(begin, max_leases=MAX_SLICES)
         )
-        end = begin + len(slices) == log.next_seq and self.ledger.exhausted(split)
+        end = begin + len(slices) == log.next_seq and exhausted
         if cursor is not None:
             return Delivery(begin, slices, end)
         skipped = tuple(log.skipped) if log.shuffle else ()
