@@ -4,6 +4,7 @@ The model is ``SplitCoordinator`` in ``ray/data/_internal/iterator/stream_split_
 Ray's ``OutputSplitter``: the plain dataset runs, and asyncsplit decides who gets which rows.
 """
 
+import gc
 import importlib
 import os
 import sys
@@ -213,7 +214,15 @@ def unpack(packed: Packed) -> Any:
     """Return the value; raise like ``ray.get``."""
     from ray._private.worker import global_worker
 
-    (value,) = global_worker.deserialize_objects([packed.value], [packed.ref])
+    # A block of 1,000 columns takes so many objects for a moment that collecting garbage, which
+    # there is none of, takes as long again.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        (value,) = global_worker.deserialize_objects([packed.value], [packed.ref])
+    finally:
+        if collecting:
+            gc.enable()
     if isinstance(value, RayTaskError):
         raise value.as_instanceof_cause()
     if isinstance(value, RayError):

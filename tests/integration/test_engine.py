@@ -459,6 +459,23 @@ def test_what_is_here_comes_in_order_and_errors_are_those_of_ray_get() -> None:
     assert isinstance(caught.value, RayTaskError)
 
 
+def test_unpacking_leaves_the_garbage_collector_as_it_was() -> None:
+    def fail() -> None:
+        raise ValueError("boom")
+
+    failing = remote(fail).remote()
+    ray.wait([failing])
+    try:
+        for set_it, enabled in ((gc.disable, False), (gc.enable, True)):
+            set_it()
+            assert get_ready([ray.put(1)]) == [1]
+            with pytest.raises(ValueError, match="boom"):
+                get_ready([failing])
+            assert gc.isenabled() is enabled
+    finally:
+        gc.enable()
+
+
 def test_what_is_not_here_is_not_waited_for() -> None:
     class Gate:
         async def wait(self) -> None:
