@@ -131,8 +131,11 @@ def test_links_lead_to_files_and_to_tests_that_exist(page: Path) -> None:
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
         assert file.exists(), f"{name(page)} links to {target}"
-        if anchor:
+        if anchor and file.suffix == ".md":
             assert anchor in anchors(file), f"{name(page)} links to {target}"
+        elif anchor:
+            defined = re.search(rf"^ *(async )?(def )?{anchor}\b", file.read_text(), re.M)
+            assert defined, f"{name(page)} links to {target}"
         if text.startswith("test_") and not text.endswith(".py"):
             defined = re.search(rf"^ *(async )?def {text}\(", file.read_text(), re.M)
             assert defined, f"{name(page)} names {text}, which is not in {path}"

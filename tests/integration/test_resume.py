@@ -219,9 +219,13 @@ async def test_a_restart_after_a_worker_has_ended_for_good_is_an_error_that_name
             [batch async for batch in stream]
 
 
-async def test_without_order_a_restart_is_an_error_that_says_so() -> None:
-    options = SplitOptions(prefetch_bytes=1)
-    (it,) = asyncsplit.streaming_split(dataset(preserve_order=False), 1, options=options)
+@pytest.mark.parametrize(("preserve_order", "routing"), [(False, "rows"), (True, "demand")])
+async def test_without_order_or_on_demand_a_restart_is_an_error_that_says_so(
+    preserve_order: bool, routing: Any
+) -> None:
+    options = SplitOptions(prefetch_bytes=1, routing=routing)
+    ds = dataset(preserve_order=preserve_order)
+    (it,) = asyncsplit.streaming_split(ds, 1, options=options)
     with pytest.raises(CoordinatorLostError, match="preserve_order = True"):
         await read_with_deaths(it, [300])
     assert sorted(await read(it)) == list(range(1000)), "and the next epoch is whole"
@@ -368,12 +372,16 @@ async def test_states_between_epochs() -> None:
         {"blocks": 10},
         {"rows": 100, "blocks": 2},
         {"preserve_order": False},
+        {"routing": "demand"},
     ],
 )
 async def test_another_dataset_is_refused(other: dict[str, Any]) -> None:
+    """And so is one whose blocks do not go to the same splits again."""
     (it,) = asyncsplit.streaming_split(dataset(), 1)
     _, state = await stop_at(it, 300)
-    (again,) = asyncsplit.streaming_split(dataset(**other), 1)
+    options = SplitOptions(routing=other.get("routing", "rows"))
+    ds = dataset(**{name: value for name, value in other.items() if name != "routing"})
+    (again,) = asyncsplit.streaming_split(ds, 1, options=options)
     again.load_state_dict(state)
     with pytest.raises(StateMismatchError):
         await read(again)

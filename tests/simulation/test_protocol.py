@@ -355,10 +355,11 @@ class Job:
 
     def close(self) -> None:
         """End the coordinator's process."""
-        for task in asyncio.all_tasks(self.loop):
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
             task.cancel()
-        with contextlib.suppress(BaseException):
-            self.loop.run_until_complete(asyncio.sleep(0))
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks))
         self.loop.close()
 
     def spawn(self, split: int, *, intruder: bool = False) -> Reader:
@@ -908,5 +909,6 @@ def test_who_leaves_while_a_restarted_coordinator_starts_keeps_nobody_waiting() 
         machine.fakes.close()
 
 
-TestProtocol = ProtocolMachine.TestCase
+# Many runs in one: the bound of a single test would be too short for the longer profiles.
+TestProtocol = pytest.mark.timeout(3600)(ProtocolMachine.TestCase)
 TestProtocol.settings = settings(stateful_step_count=30)
