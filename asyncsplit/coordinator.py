@@ -181,6 +181,8 @@ class SplitCoordinator:
                 self._state.replace(split)
                 self._started[split] = self._take_over(split, shuffle)
             return self._started[split]
+        if takes_over:
+            self._distribution.ledger.logs[split].forget_begun()
         if split not in self._openings or self._openings[split].done():
             self._openings[split] = asyncio.get_running_loop().create_future()
             self._arrived_at[split] = now

@@ -225,13 +225,21 @@ class SplitLog:
         after one that shuffled, it begins at the oldest lease held, with committed rows in it:
         which those are is known only in that order.
         """
-        self._fed = self.first_seq
-        self.waiting_bytes = self.leased_bytes
+        self.forget_begun()
         if self.shuffle is None or shuffle is None or not self.shuffle.is_like(shuffle):
             if self._shuffled:
                 self.committed_rows = self._first_row
             self._shuffled = False
             self.shuffle = None if self.committed_rows else shuffle
+
+    def forget_begun(self) -> None:
+        """Note that whoever reads the split now has begun nothing of it.
+
+        Nor has it begun what the one before had, where that is still being produced again.
+        """
+        self._fed = self.first_seq
+        self.waiting_bytes = self.leased_bytes
+        self._resume = self._resume._replace(fed=0)
 
     @property
     def _first_row(self) -> int:

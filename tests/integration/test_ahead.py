@@ -69,10 +69,10 @@ async def test_an_epoch_left_early_starts_none_ahead() -> None:
 
 
 async def test_an_error_of_the_next_epoch_is_raised_there() -> None:
-    epochs = ray.remote(num_cpus=0)(Epochs).remote()
+    epochs: Any = ray.remote(Epochs).options(num_cpus=0).remote()
 
     def fail_in_the_second(batch: Any) -> Any:
-        if ray.get(epochs.begun.remote()) > 1:
+        if int(ray.get(epochs.begun.remote())) > 1:
             raise ValueError("spoilt")
         return batch
 
