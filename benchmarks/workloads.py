@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray.data import Dataset
 
 import asyncsplit
-from asyncsplit import BatchStream, SplitOptions, TelemetryConfig, engine
+from asyncsplit import BatchStream, SplitOptions, engine
 from asyncsplit.consumer import Consumer
 from asyncsplit.feed import GROUP_SLICES
 from asyncsplit.pipeline import Pipeline
@@ -32,9 +32,9 @@ from benchmarks.harness import (
     values,
 )
 from benchmarks.images import images
-from benchmarks.leases import leases
 from benchmarks.many import many
 from benchmarks.orientation import orientation
+from benchmarks.overhead import leases, telemetry
 from benchmarks.stream import stream
 from benchmarks.worker import Job, Ticks, percentiles, views
 
@@ -396,41 +396,6 @@ def _loop(bench: Bench, name: str, ds: Dataset, kwargs: dict[str, Any], epochs: 
             },
         },
     )
-
-
-def telemetry(bench: Bench) -> list[Figure]:
-    """What the metrics cost when nobody looks at them."""
-    settings: dict[str, tuple[Dataset, int, dict[str, Any]]] = {
-        "batches": (table_blocks(16, 125_000, 4), 2, {"batch_size": 256}),
-        "blocks": (table_blocks(2_000, 100, 4), 1, {"batch_size": None}),
-    }
-    figures = []
-    for name in ["batches"] if bench.quick else [*settings]:
-        ds, n, kwargs = settings[name]
-        off = SplitOptions(telemetry=TelemetryConfig(enabled=False))
-        iterators = {
-            "on": asyncsplit.streaming_split(ds, n),
-            "off": asyncsplit.streaming_split(ds, n, options=off),
-        }
-        job = Job({**kwargs, "batch_format": "numpy"})
-        turns: dict[str, Callable[[], Round]] = {
-            side: lambda its=its, job=job: bench.consume(OURS, its, job)  # type: ignore[misc]
-            for side, its in iterators.items()
-        }
-        bench.take_turns(turns, 2)
-        rounds = bench.take_turns(turns, bench.pick(15, 3), rows=ds.count())
-        figures.append(
-            Figure(
-                f"telemetry-{name}",
-                f"the whole epoch of workload `{name}` with and without the metrics endpoint,"
-                " which nobody scrapes",
-                "ms",
-                "only one side has it",
-                values(rounds, lambda turn: turn.epoch_ms),
-                [Target("on", "off", at_most=1.02)],
-            )
-        )
-    return figures
 
 
 def way(bench: Bench) -> list[Figure]:

@@ -2,15 +2,11 @@
 
 import contextlib
 import json
-import os
-import re
-import shutil
 import subprocess
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -18,37 +14,20 @@ from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, WAIT_BOUNDS
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from tests.telemetry.server import Api, get, tool
+from tests.telemetry.server import prometheus as running
 
 
-def get(url: str) -> str:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with direct.open(url, timeout=10) as response:
-        return str(response.read().decode())
-
-
-def tool(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        reason = f"{name} is missing: apt-get install --no-install-recommends prometheus"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
-
-
-class Prometheus:
-    """A running server that scrapes what it finds in a directory, and its HTTP API."""
+class Prometheus(Api):
+    """A running server that scrapes what it finds in a directory."""
 
     def __init__(
-        self, address: str, directory: str, few: CoordinatorState, many: CoordinatorState
+        self, url: str, directory: str, few: CoordinatorState, many: CoordinatorState
     ) -> None:
+        super().__init__(url)
         self.directory = directory
         self.few = few
         self.many = many
-        self._api = f"http://{address}/api/v1"
-
-    def call(self, path: str, **parameters: str) -> Any:
-        return json.loads(get(f"{self._api}/{path}?{urllib.parse.urlencode(parameters)}"))["data"]
 
     def query(self, promql: str) -> dict[str, float]:
         """Return values by the ``split`` label; a series without it has the key ``""``."""
@@ -64,7 +43,6 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    binary = tool("prometheus")
     directory = tmp_path_factory.mktemp("prometheus")
     few = CoordinatorState.of("id", 2, "few")
     many = CoordinatorState.of("id", MAX_SPLIT_LABELS + 1, "many")
@@ -77,23 +55,8 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]
         job = {"job_name": "asyncsplit", "file_sd_configs": [{"files": [f"{found}/*.json"]}]}
         config = {"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]}
         (directory / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-        command = [
-            binary,
-            f"--config.file={directory / 'prometheus.yml'}",
-            f"--storage.tsdb.path={directory / 'data'}",
-            "--web.listen-address=127.0.0.1:0",
-        ]
-        server = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        stack.callback(server.terminate)
-        assert server.stderr is not None
-        log = ""
-        for line in server.stderr:
-            log += line
-            if "Server is ready" in line:
-                break
-        listening = re.search(r'msg="Listening on" address=(\S+)', log)
-        assert listening is not None, log
-        server_api = Prometheus(listening[1], str(found), few, many)
+        api = stack.enter_context(running(directory / "prometheus.yml", directory / "data"))
+        server_api = Prometheus(api.url, str(found), few, many)
         server_api.wait_for("sum(up)", lambda up: up == {"": 2})
         yield server_api
 

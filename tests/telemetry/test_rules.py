@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 from asyncsplit.telemetry.export import export, files
-from tests.telemetry.test_prometheus import tool
+from tests.telemetry.server import tool
 
 RULES_TEST = Path(__file__).parent / "rules_test.yml"
 
