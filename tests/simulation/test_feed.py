@@ -1,5 +1,6 @@
 """What a feed says of itself between two messages."""
 
+import contextlib
 from concurrent.futures import Future
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint() -> No
         start_epoch=[Started(0, 100, rows=5)],
         pull=[Delivery(1, (half_read,), end=False, skip_rows=2, check=fingerprint(0, 3))],
     )
-    with fakes_installed():
+    with fakes_installed(), contextlib.closing(loop):
         feed = Feed(
             Consumer(coordinator, 0, 0),
             Stream("it", 1),
@@ -57,4 +58,3 @@ def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint() -> No
         assert feed.backlog == 1, "the block is on its way"
         both = fingerprint(fingerprint(0, 3), 5)
         assert feed.position(0) == Position(0, rows=5, check=both, fed=1)
-    loop.close()
