@@ -207,6 +207,10 @@ def get_packed(refs: Sequence[ObjectRef[Any]]) -> list[Packed] | None:
         values = cast("Any", global_worker).core_worker.get_objects(refs, timeout_ms=0)
     except GetTimeoutError:
         return None
+    # Ray returns at once if one of the refs stands for an error: others then are without metadata,
+    # which every value has.
+    if not all(metadata for _, metadata, *_ in values):
+        return None
     return list(map(Packed, refs, values))
 
 

@@ -481,8 +481,15 @@ def test_what_is_not_here_is_not_waited_for() -> None:
         async def wait(self) -> None:
             await asyncio.Event().wait()
 
+    def fail() -> None:
+        raise ValueError("boom")
+
     closed = remote(Gate).remote().wait.remote()
+    failing = remote(fail).remote()
+    ray.wait([failing])
     assert engine.get_packed([ray.put(1), closed]) is None
+    assert engine.get_packed([failing, closed]) is None
+    assert engine.get_packed([closed, failing]) is None
 
 
 def test_getting_does_not_warn_in_an_async_actor() -> None:
