@@ -917,6 +917,7 @@ def test_who_leaves_while_a_restarted_coordinator_starts_keeps_nobody_waiting() 
         machine.fakes.close()
 
 
-# Many runs in one: the bound of a single test would be too short for the longer profiles.
-TestProtocol = pytest.mark.timeout(3600)(ProtocolMachine.TestCase)
+# Many runs in one: the bound of a single test would be too short for the longer profiles, and
+# coverage makes them several times slower.
+TestProtocol = pytest.mark.no_cover(pytest.mark.timeout(3600)(ProtocolMachine.TestCase))
 TestProtocol.settings = settings(stateful_step_count=30)

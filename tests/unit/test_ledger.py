@@ -332,7 +332,8 @@ class LedgerMachine(RuleBasedStateMachine):
             assert any(log.waiting for log in present)
 
 
-TestLedger = LedgerMachine.TestCase
+# Coverage would make it several times slower.
+TestLedger = pytest.mark.no_cover(LedgerMachine.TestCase)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 1000), st.booleans())
