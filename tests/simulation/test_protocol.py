@@ -290,6 +290,9 @@ class Job:
         self.others: list[Reader] = []
         """Alive, and not who should read the split."""
         self.born: dict[int, list[Reader]] = {}
+        self.lied_to = False
+        """Whether somebody was reported dead that was not."""
+        self.restarted = False
         self.states: list[dict[str, Any]] | None = None
         self.disturbed = False
         """Whether somebody has died or been restarted since states were loaded."""
@@ -478,10 +481,17 @@ class Job:
     def pass_time(self, seconds: float) -> None:
         self.loop.run_until_complete(asyncio.sleep(seconds))
         self.now = self.loop.time()
+        if seconds > BARRIER_S:
+            self.note_failure()  # an epoch may have failed, and the next one begun since
         assert not self.unhandled, self.unhandled[0]
         self.check()
 
     # What is noted of it
+
+    def note_failure(self) -> None:
+        """Remember who had been heard of, for those who are told later."""
+        moment = (self.loop.time(), dict(self.heard), dict(self.died))
+        self.failures = [moment, *self.failures[:3]]
 
     def hear(self, reader: Reader, came: float) -> None:
         """Note a message that was accepted."""
@@ -572,8 +582,7 @@ class Job:
         epochs, ledger = self.coordinator._epochs, self.coordinator._distribution.ledger
         # An epoch can have begun and failed since the last look.
         if self.coordinator._failed is not self.failed:
-            moment = (self.loop.time(), dict(self.heard), dict(self.died))
-            self.failures = [moment, *self.failures[:3]]
+            self.note_failure()
             self.failed = self.coordinator._failed
         if epochs.epoch != self.epoch:
             self.check_barrier(epochs.epoch)
@@ -745,8 +754,12 @@ class ProtocolMachine(RuleBasedStateMachine):
         if not self.job.readers[split].alive:
             self.job.spawn(split)
 
+    # A coordinator that was restarted cannot know who was replaced. Ray never reports a death that
+    # was none, so the two do not have to go together.
+    @precondition(lambda self: not self.job.restarted)
     @rule(which=SPLITS)
     def a_live_consumer_is_thought_dead(self, which: int) -> None:
+        self.job.lied_to = True
         split = self.split(which)
         reader = self.job.readers[split]
         if not reader.alive or reader.stream is None:
@@ -800,14 +813,13 @@ class ProtocolMachine(RuleBasedStateMachine):
         ]
         assert not waiting, f"{waiting} wait for ever"
 
+    @precondition(lambda self: not self.job.lied_to)
     @rule()
     def the_coordinator_dies(self) -> None:
         """Ray sends calls again that were not answered, of those who are alive."""
         job = self.job
+        job.restarted = True
         unanswered = [*job.parked.values(), *job.wire]
-        for reader in job.others:
-            reader.alive = False  # nobody could tell it from the one that replaced it
-        job.others.clear()
         job.restart()
         job.disturb()
         job.wire = [
