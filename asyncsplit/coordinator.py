@@ -22,12 +22,12 @@ from asyncsplit import engine
 from asyncsplit.core.epochs import Epochs, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, listing
+from asyncsplit.core.progress import Progress
 from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import make_router
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.distribution import Distribution
 from asyncsplit.errors import (
-    AsyncSplitError,
     ConsumerConflictError,
     ConsumerLostError,
     StaleEpochError,
@@ -40,15 +40,7 @@ from asyncsplit.parcel import unpack
 from asyncsplit.telemetry.outlets import Outlets
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 from asyncsplit.telemetry.summary import summary
-from asyncsplit.wire import (
-    Delivery,
-    Failure,
-    Progress,
-    Rejoin,
-    Started,
-    Status,
-    replies,
-)
+from asyncsplit.wire import Delivery, Failure, Rejoin, Started, Status, replies
 
 T = TypeVar("T")
 
@@ -339,7 +331,7 @@ class SplitCoordinator:
         try:
             repeatable = self._keeps_order and self._options.routing == "rows"
             self._earlier = read_before(resume, self._n, epoch, repeatable=repeatable)
-        except AsyncSplitError as error:
+        except Exception as error:  # the consumers get it, whatever it is
             distribution.error = error
         else:
             distribution.replay(Replay(splits, equal=self._equal) for splits in self._earlier)

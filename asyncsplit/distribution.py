@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 
 from asyncsplit import engine
 from asyncsplit.core.ledger import Ledger, SplitLog
+from asyncsplit.core.progress import Progress
 from asyncsplit.core.replay import Replay
 from asyncsplit.core.routing import Part
 from asyncsplit.core.shuffle import ShuffleKey
@@ -17,7 +18,7 @@ from asyncsplit.errors import StateMismatchError
 from asyncsplit.guard import Guard
 from asyncsplit.pump import Pump
 from asyncsplit.telemetry.state import PumpClock
-from asyncsplit.wire import Delivery, Progress, Slice
+from asyncsplit.wire import Delivery, Slice
 
 MAX_SLICES = 256
 """Slices in one reply. More would hold the loop, at 50 microseconds each, too long."""

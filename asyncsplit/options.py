@@ -23,7 +23,7 @@ class TelemetryConfig:
     discovery_dir: str | bool = True
     """Directory in which each coordinator writes a file for Prometheus' ``file_sd_configs``, and
     removes it when it ends; True for ``asyncsplit-<user id>`` in the temporary directory of the
-    coordinator's node, where ``asyncsplit top`` looks; False for none."""
+    coordinator's node; False for none."""
 
     meter_provider: Callable[[], Any] | None = None
     """Called in the coordinator's process for an OpenTelemetry ``MeterProvider`` to give the

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from ray import ObjectRef
 
 from asyncsplit.core.ledger import Past
-from asyncsplit.core.progress import Progress as Progress
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.engine import pack_error, unpack_error
 

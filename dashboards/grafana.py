@@ -131,8 +131,7 @@ def _target(panel: Panel, ref: str, query: Query) -> prometheus.Dataquery:
         return target.instant().format(PromQueryFormat.TABLE)
     if panel.kind == "stat":
         return target.instant()
-    # Only buckets have exemplars.
-    return target.range().exemplar("_bucket" in query.expr)
+    return target.range()
 
 
 def _changes(panel: Panel, query: Query) -> list[dashboard.DynamicConfigValue]:

@@ -78,7 +78,7 @@ class Delivered(NamedTuple):
     conversion_s: float
 
 
-class Distribution(NamedTuple):
+class Observed(NamedTuple):
     """What a histogram shows: observations in each bucket, and their sum."""
 
     counts: tuple[int, ...]
@@ -86,7 +86,7 @@ class Distribution(NamedTuple):
     total: float
 
 
-Value: TypeAlias = float | Distribution
+Value: TypeAlias = float | Observed
 Samples: TypeAlias = Iterable[tuple[tuple[str, ...], Value]]
 """Label values, in the order of the metric's labels, and what was counted or measured."""
 
@@ -138,7 +138,7 @@ def _delivered(value: Callable[[Delivered], float]) -> Callable[[Snapshot], Samp
 def _histogram(of: "Callable[[CoordinatorState], Histogram]") -> Callable[[Snapshot], Samples]:
     def read(snapshot: Snapshot) -> Samples:
         observed = of(snapshot.state)
-        yield (snapshot.state.name,), Distribution(tuple(observed.counts), observed.total)
+        yield (snapshot.state.name,), Observed(tuple(observed.counts), observed.total)
 
     return read
 
@@ -170,7 +170,7 @@ def _batch_waits(snapshot: Snapshot) -> Samples:
     counters = snapshot.total.counters
     ready = max(0, counters.batches - counters.waits)  # which cost a consumer nothing to count
     first, *others = counters.waited
-    yield (snapshot.state.name,), Distribution((first + ready, *others), counters.wait_s)
+    yield (snapshot.state.name,), Observed((first + ready, *others), counters.wait_s)
 
 
 def _stalls(snapshot: Snapshot) -> dict[str, float]:

@@ -12,7 +12,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from asyncsplit.telemetry.catalog import CATALOG, Distribution, Metric, Snapshot
+from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot
 from asyncsplit.telemetry.state import CoordinatorState
 
 PAUSE_S = 5e-5
@@ -50,10 +50,10 @@ class StateCollector(Collector):
             family = _family(metric)
             for labels, value in metric.read(snapshot):
                 if isinstance(family, HistogramMetricFamily):
-                    assert isinstance(value, Distribution)
+                    assert isinstance(value, Observed)
                     family.add_metric(labels, _buckets(metric, value), value.total)
                 else:
-                    assert not isinstance(value, Distribution)
+                    assert not isinstance(value, Observed)
                     family.add_metric(labels, value)
             yield family
             time.sleep(PAUSE_S)
@@ -68,5 +68,5 @@ def bound_labels(metric: Metric) -> list[str]:
     return [*map(str, metric.bounds), "+Inf"]
 
 
-def _buckets(metric: Metric, value: Distribution) -> list[tuple[str, float]]:
+def _buckets(metric: Metric, value: Observed) -> list[tuple[str, float]]:
     return list(zip(bound_labels(metric), accumulate(value.counts), strict=True))

@@ -1,4 +1,4 @@
-"""Files that tell Prometheus, and `asyncsplit top`, which coordinators of a node serve metrics.
+"""Files that tell Prometheus which coordinators of a node serve metrics.
 
 Each coordinator has one file, in the format of Prometheus' ``file_sd_configs``. Ray kills the
 coordinator of a driver that shuts down, so a shell waits for the end of the coordinator, however it

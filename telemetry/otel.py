@@ -17,7 +17,7 @@ from typing import Any
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 import asyncsplit
-from asyncsplit.telemetry.catalog import CATALOG, Distribution, Metric, Snapshot, Value
+from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot, Value
 from asyncsplit.telemetry.collector import PAUSE_S, bound_labels
 from asyncsplit.telemetry.state import CoordinatorState
 
@@ -78,32 +78,32 @@ def observe(state: CoordinatorState, provider: MeterProvider) -> None:
 
 def _observe(reading: _Reading, metric: Metric, _: CallbackOptions) -> Iterable[Observation]:
     for attributes, value in reading.samples(metric):
-        assert not isinstance(value, Distribution)
+        assert not isinstance(value, Observed)
         yield Observation(value, attributes)
 
 
-_Part = Callable[[Metric, Distribution], Iterable[tuple[dict[str, str], float]]]
+_Part = Callable[[Metric, Observed], Iterable[tuple[dict[str, str], float]]]
 
 
 def _observe_part(
     reading: _Reading, metric: Metric, part: _Part, _: CallbackOptions
 ) -> Iterable[Observation]:
     for attributes, value in reading.samples(metric):
-        assert isinstance(value, Distribution)
+        assert isinstance(value, Observed)
         for more, number in part(metric, value):
             yield Observation(number, attributes | more)
 
 
-def _buckets(metric: Metric, value: Distribution) -> Iterable[tuple[dict[str, str], float]]:
+def _buckets(metric: Metric, value: Observed) -> Iterable[tuple[dict[str, str], float]]:
     for bound, count in zip(bound_labels(metric), accumulate(value.counts), strict=True):
         yield {"le": bound}, count
 
 
-def _count(_: Metric, value: Distribution) -> Iterable[tuple[dict[str, str], float]]:
+def _count(_: Metric, value: Observed) -> Iterable[tuple[dict[str, str], float]]:
     yield {}, sum(value.counts)
 
 
-def _total(_: Metric, value: Distribution) -> Iterable[tuple[dict[str, str], float]]:
+def _total(_: Metric, value: Observed) -> Iterable[tuple[dict[str, str], float]]:
     yield {}, value.total
 
 
@@ -184,7 +184,7 @@ class Export:
     ) -> Any:
         from opentelemetry.sdk.metrics.export import HistogramDataPoint
 
-        assert isinstance(value, Distribution)
+        assert isinstance(value, Observed)
         extreme: Any = None  # least and greatest are not kept
         return HistogramDataPoint(
             attributes,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import ray
 from ray.util.metrics import Counter, Gauge
 
-from asyncsplit.telemetry.catalog import CATALOG, Distribution, Metric, Snapshot
+from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot
 from asyncsplit.telemetry.state import CoordinatorState
 
 _OVER_SPLITS: dict[str, Callable[[float, float], float]] = {
@@ -48,7 +48,7 @@ class Bridge:
             labels = tuple(label for label in metric.labels if label != "split")
             for values, value in without_splits(metric, snapshot).items():
                 tags = dict(zip(labels, values, strict=True))
-                if isinstance(value, Distribution):
+                if isinstance(value, Observed):
                     self._add(f"{metric.name}_sum", metric.help, tags, value.total)
                     self._add(f"{metric.name}_count", metric.help, tags, sum(value.counts))
                 elif metric.kind == "counter":
@@ -72,11 +72,9 @@ class Bridge:
             self._sent[key] = value
 
 
-def without_splits(
-    metric: Metric, snapshot: Snapshot
-) -> "dict[tuple[str, ...], float | Distribution]":
+def without_splits(metric: Metric, snapshot: Snapshot) -> "dict[tuple[str, ...], float | Observed]":
     """Return a metric's values with all splits put together, by its other labels."""
-    together: dict[tuple[str, ...], float | Distribution] = {}
+    together: dict[tuple[str, ...], float | Observed] = {}
     for labels, value in metric.read(snapshot):
         key = tuple(v for k, v in zip(metric.labels, labels, strict=True) if k != "split")
         before = together.get(key)

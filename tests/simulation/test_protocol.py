@@ -23,6 +23,7 @@ from ray.exceptions import OwnerDiedError
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import KEPT, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Position, fingerprint
+from asyncsplit.core.progress import Progress
 from asyncsplit.core.state import position_from, state_of
 from asyncsplit.engine import Block, Bundle
 from asyncsplit.errors import (
@@ -35,7 +36,7 @@ from asyncsplit.errors import (
 )
 from asyncsplit.options import SplitOptions, TelemetryConfig
 from asyncsplit.telemetry.state import ConsumerCounters
-from asyncsplit.wire import Delivery, Failure, Progress, Rejoin, Slice, Started
+from asyncsplit.wire import Delivery, Failure, Rejoin, Slice, Started
 from tests.simulation.clock import VirtualLoop
 from tests.simulation.dataset import ROW_BYTES, Context, FakeDataset, Ref
 from tests.simulation.world import fakes_installed, use_clock

@@ -282,3 +282,12 @@ def test_an_arrival_of_one_that_was_replaced_comes_too_late() -> None:
     epochs.over()
     with pytest.raises(StreamClosedError):
         epochs.arrive(0, A1)
+
+
+def test_after_a_restart_who_comes_without_a_position_begins_where_the_others_are() -> None:
+    """Where the one it replaces stood nobody knows, nor that it had not finished, as they had."""
+    epochs = Epochs(2)
+    epochs.arrive(0, Stream("finished", 2), Position(5))
+    epochs.arrive(1, Stream("newcomer", 1))
+    assert epochs.open() == {}
+    assert epochs.epoch == 5

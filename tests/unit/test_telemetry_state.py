@@ -20,10 +20,8 @@ from asyncsplit.telemetry.catalog import (
     MAX_SPLIT_LABELS,
     WAIT_BOUNDS,
     WORST,
+    Observed,
     Snapshot,
-)
-from asyncsplit.telemetry.catalog import (
-    Distribution as Observed,
 )
 from asyncsplit.telemetry.collector import StateCollector
 from asyncsplit.telemetry.ray_metrics import without_splits
