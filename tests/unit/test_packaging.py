@@ -124,3 +124,12 @@ def test_dashboards_are_exported_where_only_the_wheel_is_installed(
     assert output.splitlines() == sorted(
         str(tmp_path / name.removeprefix("asyncsplit/dashboards/")) for name in DASHBOARDS
     )
+
+
+def test_frameworks_are_not_imported_before_they_are_used() -> None:
+    frameworks = "{'jax', 'tensorflow', 'torch', 'ray.train'}"
+    print_those_loaded = f"import sys, asyncsplit; print(*{frameworks} & set(sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", print_those_loaded], check=True, capture_output=True, text=True
+    )
+    assert loaded.stdout.split() == []
