@@ -13,7 +13,7 @@ from typing import Any
 from ray import ObjectRef
 from ray.exceptions import RayError
 
-from asyncsplit.core.epochs import Stream
+from asyncsplit.core.epochs import Epochs, Stream
 
 VERDICT_S = 3.0
 """How long the news of a death may take."""
@@ -52,8 +52,21 @@ class Lifelines:
             return True
         return False
 
-    async def news(self, stream: Stream, until: float) -> None:
-        """Return when a stream is released, or at that time of the loop's."""
+    async def verdict(self, epochs: Epochs, split: int, stream: Stream) -> None:
+        """Give the news that a split's consumer has died the time it takes to come.
+
+        ``stream`` is the one that came for the split. A replacement may be quicker than that news;
+        an intruder is not made faster by a wait.
+        """
+        now = asyncio.get_running_loop().time
+        until = {stream.consumer: now()}
+        while (holder := epochs.holder(split)) and holder.consumer not in epochs.dead:
+            # While this one waits, another one may be let in that has died since.
+            if until.setdefault(holder.consumer, now() + VERDICT_S) <= now():
+                return
+            await self._release_of(holder, until[holder.consumer])
+
+    async def _release_of(self, stream: Stream, until: float) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(until):
                 await self._news.setdefault(stream, asyncio.Event()).wait()

@@ -8,6 +8,8 @@ says who is missing. Times are seconds of any clock that only moves forward.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from asyncsplit.errors import ConsumerLostError
+
 FIRST_WARNING_S = 30.0
 
 
@@ -68,7 +70,7 @@ class Liveness:
         if not stories:
             return None
         self._warn_after *= 2
-        return listing(stories)
+        return _listing(stories)
 
     def _overdue(self, split: int, since: float, now: float) -> str | None:
         died = self._died.get(split)
@@ -87,6 +89,15 @@ class Liveness:
         return f"has not been heard of for {now - self._last_sign(split, since):.0f} s"
 
 
-def listing(stories: dict[int, str]) -> str:
+def lost_error(epoch: int, lost: dict[int, str]) -> ConsumerLostError:
+    """Return what those get who have waited for lost splits."""
+    return ConsumerLostError(
+        f"epoch {epoch} cannot go on: {_listing(lost)}. Restart the workers of these splits and"
+        " iterate again; raise SplitOptions.barrier_timeout_s if loops pause for longer than that,"
+        " or SplitOptions.rejoin_timeout_s if replacing a worker takes longer"
+    )
+
+
+def _listing(stories: dict[int, str]) -> str:
     """Put what is known of several splits into one line."""
     return "; ".join(f"split {split} {story}" for split, story in sorted(stories.items()))

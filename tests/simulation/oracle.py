@@ -48,8 +48,8 @@ class Oracle:
     def step(self) -> None:
         """Look at the coordinator; between two steps of its loop everything must hold."""
         self.steps += 1
-        now = self.coordinator._distribution.ledger
-        epochs = self.coordinator._epochs
+        now = self.coordinator._runner.distribution.ledger
+        epochs = self.coordinator._runner.epochs
         if now is not self._ledger:
             if self._ran:
                 assert self._ledger is not None
@@ -64,7 +64,7 @@ class Oracle:
         if epochs.phase is Phase.RUNNING:
             assert epochs.epoch == self._epoch
             self._ran = True
-            pump = self.coordinator._distribution._pump
+            pump = self.coordinator._runner.distribution._pump
             assert pump is not None
             assert isinstance(pump._thread, PumpThread)
             assert pump._thread.execution.epoch == epochs.epoch, "an epoch runs on its own"
@@ -80,7 +80,7 @@ class Oracle:
     def begins(self, epoch: int, split: int, stream: Stream, rows: int) -> None:
         """Note that a loop gets its first batch, which begins at this row of the share."""
         share = self.share(epoch, split)
-        if self._epoch == epoch and self.coordinator._epochs.active.get(split) == stream:
+        if self._epoch == epoch and self.coordinator._runner.epochs.active.get(split) == stream:
             assert rows >= share.committed, f"row {rows} of {split=} is committed, and comes again"
         assert rows <= share.finished, f"rows {share.finished} to {rows} of {split=} are lost"
         self.redelivered += share.finished - rows
@@ -168,5 +168,5 @@ class Oracle:
         self.taken_over += 1
         share = self.share(self._epoch, split)
         # A bundle may be on its way that was allowed before.
-        leased = self.coordinator._distribution.ledger.logs[split].leased_bytes
+        leased = self.coordinator._runner.distribution.ledger.logs[split].leased_bytes
         share.bound_bytes = leased + self.dataset.largest_bundle_bytes

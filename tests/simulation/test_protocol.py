@@ -371,7 +371,7 @@ class Job:
         """Start a process that consumes a split."""
         born = self.born.setdefault(split, [])
         position = None
-        if self.states is not None and self.coordinator._epochs.epoch < 0:
+        if self.states is not None and self.coordinator._runner.epochs.epoch < 0:
             position = position_from(self.states, split, self.n)
         reader = Reader(self, split, f"{split}-{len(born)}", position, ousted=intruder)
         born.append(reader)
@@ -421,7 +421,7 @@ class Job:
         task.add_done_callback(self.parked.pop)
         came = self.now
         self.pass_time(AT_ONCE_S)
-        arrived = self.coordinator._epochs.holder(reader.split) == call.stream
+        arrived = self.coordinator._runner.epochs.holder(reader.split) == call.stream
         waits = call.method == "pull" and not task.done()
         if waits or (arrived and call.method == "start_epoch"):
             self.hear(reader, came)
@@ -472,7 +472,7 @@ class Job:
         elif isinstance(error, StateMismatchError):
             assert self.states is not None, error
             if "Load states into a new split" in str(error):
-                assert self.coordinator._epochs.holder(reader.split) != call.stream, error
+                assert self.coordinator._runner.epochs.holder(reader.split) != call.stream, error
             else:
                 assert self.disturbed, error
             reader.position = None
@@ -509,7 +509,7 @@ class Job:
         if self.is_loose(started.epoch):
             return
         assert started.rows <= share.finished, "rows are lost"
-        if started.epoch == self.coordinator._epochs.epoch:
+        if started.epoch == self.coordinator._runner.epochs.epoch:
             assert started.rows >= share.committed, "committed rows come again"
 
     def finish(self, reader: Reader, rows: int) -> None:
@@ -580,11 +580,12 @@ class Job:
 
     def check(self) -> None:
         """Check what must hold between two messages."""
-        epochs, ledger = self.coordinator._epochs, self.coordinator._distribution.ledger
+        runner = self.coordinator._runner
+        epochs, ledger = runner.epochs, runner.distribution.ledger
         # An epoch can have begun and failed since the last look.
-        if self.coordinator._failed is not self.failed:
+        if runner._failed is not self.failed:
             self.note_failure()
-            self.failed = self.coordinator._failed
+            self.failed = runner._failed
         if epochs.epoch != self.epoch:
             self.check_barrier(epochs.epoch)
         for split in [s for s in self.places if s not in epochs.active]:
@@ -619,7 +620,7 @@ class Job:
         absent = [split for split in range(self.n) if not self.waiting.get(split)]
         assert not absent, f"epoch {epoch} began without splits {absent}"
         # Those who have finished it stay, and those about whom no verdict has been reached.
-        active = set(self.coordinator._epochs.active.values())
+        active = set(self.coordinator._runner.epochs.active.values())
         self.waiting = {}
         for call in self.parked.values():
             if call.method == "start_epoch" and call.stream not in active:
@@ -632,7 +633,7 @@ class Job:
 
     def check_budget(self, split: int) -> None:
         """What waits for a consumer is bounded, whatever the coordinator thinks of it."""
-        log = self.coordinator._distribution.ledger.logs[split]
+        log = self.coordinator._runner.distribution.ledger.logs[split]
         reader = self.readers[split]
         if log.left or reader.stream is None or self.places.get(split) != reader.stream:
             return
@@ -776,7 +777,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     @rule(which=SPLITS)
     def an_intruder_comes(self, which: int) -> None:
         split = self.split(which)
-        holder = self.job.coordinator._epochs.holder(split)
+        holder = self.job.coordinator._runner.epochs.holder(split)
         reader = self.job.readers[split]
         if reader.alive and holder is not None and holder == reader.stream:
             intruder = self.job.spawn(split, intruder=True)
@@ -784,7 +785,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             self.deliver_all()
             self.job.pass_time(4.0)
             # The one who was there may have lost its place meanwhile.
-            lost = self.job.coordinator._epochs.is_closed(split, holder)
+            lost = self.job.coordinator._runner.epochs.is_closed(split, holder)
             assert intruder.stream is None or lost, "it is refused"
             intruder.alive = False
             intruder.die()
@@ -843,7 +844,7 @@ class ProtocolMachine(RuleBasedStateMachine):
         if not all(reader.alive for reader in job.readers.values()):
             return
         unknown = any(reader.is_new for reader in job.readers.values())
-        if unknown and (job.disturbed or job.coordinator._epochs.epoch >= 0):
+        if unknown and (job.disturbed or job.coordinator._runner.epochs.epoch >= 0):
             return  # it has no state, and should have been given that of the one before
         stood = [job.readers[split].where() for split in range(job.n)]
         epoch = min(position.epoch for position in stood)
@@ -898,7 +899,7 @@ class ProtocolMachine(RuleBasedStateMachine):
             if job.whole() - before:
                 return
             self.step(100)
-        raise AssertionError(f"no epoch comes to its end: {job.coordinator._epochs}")
+        raise AssertionError(f"no epoch comes to its end: {job.coordinator._runner.epochs}")
 
 
 def test_who_leaves_while_a_restarted_coordinator_starts_keeps_nobody_waiting() -> None:
@@ -910,13 +911,13 @@ def test_who_leaves_while_a_restarted_coordinator_starts_keeps_nobody_waiting() 
         while job.readers[0].rows < 4:
             machine.step(1)
         machine.the_coordinator_dies()
-        while job.coordinator._epochs.phase is Phase.WAITING:
+        while job.coordinator._runner.epochs.phase is Phase.WAITING:
             for reader in job.readers.values():
                 reader.act(1, 1.0)
             sent, job.wire = job.wire, []
             for call in sent:
                 job.deliver(call)
-        assert job.coordinator._epochs.phase is Phase.STARTING
+        assert job.coordinator._runner.epochs.phase is Phase.STARTING
         leaves, stays = job.readers[0], job.readers[1]
         leaves.close()
         machine.deliver_all()

@@ -20,6 +20,7 @@ import asyncsplit.distribution
 import asyncsplit.feed
 import asyncsplit.guard
 import asyncsplit.pump
+import asyncsplit.runner
 import asyncsplit.stream
 from asyncsplit import engine
 from asyncsplit.coordinator import SplitCoordinator
@@ -177,7 +178,7 @@ class World:
     def step(self) -> None:
         """Check everything; note when the last epoch is over."""
         self.oracle.step()
-        epochs = self.coordinator._epochs
+        epochs = self.coordinator._runner.epochs
         last = self.plan.epochs - 1
         ended = epochs.epoch == last and epochs.phase is Phase.WAITING
         if (ended or epochs.epoch > last) and not self.shut:
@@ -213,8 +214,8 @@ class World:
         """Return where everybody is."""
         coordinator = self.coordinator
         return (
-            f"{coordinator._epochs} pulls={coordinator._distribution._pulls}"
-            f" openings={coordinator._openings} calls={self.network.parked()}"
+            f"{coordinator._runner.epochs} pulls={coordinator._runner.distribution._pulls}"
+            f" openings={coordinator._runner._openings} calls={self.network.parked()}"
         )
 
     def say(self, *what: object) -> None:
@@ -249,7 +250,7 @@ class World:
 
     def suspect(self, split: int) -> None:
         """Report a live consumer dead, and replace it."""
-        stream = self.coordinator._epochs.holder(split)
+        stream = self.coordinator._runner.epochs.holder(split)
         if stream is None or not self.consumers[split].alive:
             return
         self.say("suspect", self.consumers[split].name, f"{split=}")
@@ -411,7 +412,7 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.feed, "GROUP_BYTES", 16 * fakes.ROW_BYTES)
         put(asyncsplit.feed, "perf_counter", _now)
         put(asyncsplit.stream, "perf_counter", _now)
-        put(asyncsplit.coordinator, "time", SimpleNamespace(monotonic=_now))
+        put(asyncsplit.runner, "time", SimpleNamespace(monotonic=_now))
         put(asyncsplit.coordinator, "unpack", itemgetter(0))
         put(asyncsplit.distribution, "MAX_SLICES", 3)
         put(asyncsplit.pump, "threading", fakes.PUMP_THREADING)
