@@ -128,6 +128,7 @@ class Execution:
         far for all there are: do not believe ``ds.count()`` from here on.
         """
         self._executor.shutdown(force=True)
+        _forget_definitions()
 
     @property
     def is_alive(self) -> bool:
@@ -137,6 +138,23 @@ class Execution:
     def stats(self) -> str:
         """Return Ray's summary of the execution so far."""
         return str(self._executor.get_stats().to_summary().to_string())
+
+
+def _forget_definitions() -> None:
+    """Let go of what past executions have defined: some 35 KB each, and more with more operators.
+
+    Ray keeps remote functions and actor classes for the life of the process. Ray Data defines one
+    for each map operator of each execution, whose label is new each time, and a class for its
+    autoscaling (``data/_internal/remote_fn.py`` and
+    ``data/_internal/cluster_autoscaler/default_autoscaling_coordinator.py`` in ``ray/``). Whatever
+    is still at work has its own reference.
+    """
+    functions = importlib.import_module("ray.data._internal.remote_fn").CACHED_FUNCTIONS
+    for key in [key for key in functions.copy() if key[0].__name__ == "_map_task"]:
+        functions.pop(key, None)
+    classes = importlib.import_module("ray.actor")._ActorClassMethodMetadata._cache
+    for key in [key for key in classes.copy() if key.class_name == "_AutoscalingCoordinatorActor"]:
+        classes.pop(key, None)
 
 
 def dataset_schema(ds: Dataset) -> Schema | None:

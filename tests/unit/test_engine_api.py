@@ -128,6 +128,22 @@ def test_the_context_has_the_field(name: str) -> None:
     assert hasattr(DataContext(), name), moved(f"DataContext.{name}")
 
 
+def test_ray_caches_the_remote_function_of_an_operator_by_the_function() -> None:
+    path = "ray.data._internal.execution.operators.map_operator._map_task"
+    cache = find("ray.data._internal.remote_fn.CACHED_FUNCTIONS")
+    find("ray.data._internal.remote_fn.cached_remote_fn")(find(path), num_cpus=1)
+    assert any(key[0].__name__ == "_map_task" for key in cache), moved(path)
+    engine._forget_definitions()
+    assert not any(key[0].__name__ == "_map_task" for key in cache)
+
+
+def test_ray_keeps_classes_of_actors_by_a_name() -> None:
+    path = "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator"
+    assert find(f"{path}._AutoscalingCoordinatorActor") is not None, moved(path)
+    assert isinstance(find("ray.actor._ActorClassMethodMetadata._cache"), dict), moved("ray.actor")
+    assert hasattr(find("ray._raylet.PythonFunctionDescriptor"), "class_name"), moved("ray._raylet")
+
+
 def test_a_task_error_has_its_cause() -> None:
     cause = ValueError()
     error = RayTaskError("function", "traceback", cause, proctitle="", pid=1, ip="localhost")
