@@ -20,7 +20,7 @@ class HasSplit(Protocol):
         """Whether the stream holds its split."""
         ...
 
-    def position(self) -> Position | None:
+    def position(self, *, batch_finished: bool = False) -> Position | None:
         """Return where the training loop stands, if the stream is open."""
         ...
 
@@ -68,10 +68,10 @@ class Consumer:
         self.streams += 1
         return Stream(self.name, self.streams)
 
-    def where(self) -> Position:
-        """Return what the training loop has finished with."""
+    def where(self, *, batch_finished: bool = False) -> Position:
+        """Return what the training loop has finished with; see `BatchStream.position`."""
         stream = None if self._open is None else self._open()
-        read = None if stream is None else stream.position()
+        read = None if stream is None else stream.position(batch_finished=batch_finished)
         return read or self.position or Position(0)
 
     def _other_open(self, stream: HasSplit) -> bool:

@@ -276,6 +276,19 @@ def concat_blocks(blocks: Sequence[Any]) -> Any:
     return builder.build()
 
 
+def finalized(finalize: Callable[[Any], Any], batch: Any) -> Any:
+    """Return a batch as a ``_finalize_fn`` of `ray.data.DataIterator` leaves it to its user."""
+    from ray.data._internal.block_batching import interfaces
+
+    result = finalize(batch)
+    wrapper = getattr(interfaces, "FinalizedData", None)  # not in Ray 2.56
+    if wrapper is None or not isinstance(result, wrapper):
+        return result
+    if result.on_consume is not None:
+        result.on_consume()
+    return result.data
+
+
 class RemoteTraceback(Exception):
     """The text of a traceback from another process; the cause of an error that comes from there."""
 

@@ -15,6 +15,7 @@ from asyncsplit.guard import DuringExecution
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import Coordinator, answer
 from asyncsplit.stream import BatchStream
+from asyncsplit.sync import SyncDataIterator
 from asyncsplit.wire import Status
 
 
@@ -51,6 +52,11 @@ class AsyncDataIterator:
     def split_index(self) -> int:
         """Which split this is, from 0."""
         return self._consumer.split
+
+    @property
+    def coordinator(self) -> Coordinator:
+        """The split's coordinator actor."""
+        return self._consumer.coordinator
 
     def world_size(self) -> int:
         """Return how many splits there are."""
@@ -112,12 +118,17 @@ class AsyncDataIterator:
         """Return a stream of this split's rows, each a dict."""
         return BatchStream(self._consumer, RowPipeline, prefetch_batches=1, batch_size=None)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, batch_finished: bool = False) -> dict[str, Any]:
         """Return where the training loop stands: a few integers, JSON-serialisable, at once.
 
         The batch in hand is not counted: it is finished when the next one is asked for.
+
+        Args:
+            batch_finished: The batch in hand is finished now: the step with it is done, and
+                what is saved along with the state has it in.
         """
-        return state_of(self._consumer.where(), self.split_index, self._world_size)
+        where = self._consumer.where(batch_finished=batch_finished)
+        return state_of(where, self.split_index, self._world_size)
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on where an earlier run's `state_dict` was taken.
@@ -140,6 +151,13 @@ class AsyncDataIterator:
                 f"split {self.split_index} has been iterated already: load the state before"
             )
         self._consumer.position = position_from(state, self.split_index, self._world_size)
+
+    def as_data_iterator(self) -> SyncDataIterator:
+        """Return a `ray.data.DataIterator` on this split, for code that wants one and blocks.
+
+        It is the same consumer: iterate one of the two at a time.
+        """
+        return SyncDataIterator(self)
 
     async def schema(self, *, during_execution: DuringExecution = "raise") -> Schema | None:
         """Return the dataset's schema, computed once by the coordinator.

@@ -73,6 +73,13 @@ def opened(future: "concurrent.futures.Future[Reply[T]]") -> T:
     return reply
 
 
+def answer_blocking(coordinator: Coordinator, method: str, *args: object) -> Any:
+    """Call as `answer` does, but block the thread."""
+    future = ask(coordinator, method, *args)
+    concurrent.futures.wait((future,))
+    return opened(future)
+
+
 async def answer(coordinator: Coordinator, method: str, *args: object) -> Any:
     """Call a method of the coordinator and return its result, or raise as `opened` does."""
     future = ask(coordinator, method, *args)

@@ -123,10 +123,16 @@ class BatchStream(Generic[T]):
             time_to_first_batch_s=self._first_after_s,
         )
 
-    def position(self) -> Position | None:
-        """Return where the training loop stands in the epoch; None if the stream is not open."""
+    def position(self, *, batch_finished: bool = False) -> Position | None:
+        """Return where the training loop stands in the epoch; None if the stream is not open.
+
+        With ``batch_finished`` the batch in hand is finished from now on, and not only when the
+        next one is asked for.
+        """
         if not self.is_open or self._feed is None:
             return None
+        if batch_finished:
+            self._finished_rows = self._pipeline.rows_out
         return self._feed.position(self._finished_rows)
 
     def __repr__(self) -> str:

@@ -19,7 +19,7 @@ import ray
 from ray.data import Dataset
 
 import asyncsplit
-from benchmarks.worker import Job, Loop, Report, Worker
+from benchmarks.worker import Drive, Job, Loop, Report, Worker
 
 OURS, RAY = "asyncsplit", "ray"
 
@@ -198,7 +198,7 @@ class Bench:
         *,
         others: Mapping[str, Callable[[], Round]] | None = None,
         rounds: int | None = None,
-        drive: Literal["async for", "for"] = "async for",
+        drive: Drive = "async for",
         processes: int | None = None,
         trace: bool = False,
     ) -> Rounds:

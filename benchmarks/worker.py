@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 
-Drive = Literal["async for", "for"]
+Drive = Literal["async for", "for", "as_data_iterator"]
 
 _END = object()
 _PAGE_KIB = 4
@@ -110,9 +110,12 @@ class Worker:
     def iterate(self, side: str, its: Sequence[Any], start_at: Sequence[float], job: Job) -> Report:
         """Read one epoch for each start time, from each of the iterators at once.
 
-        Ours all in one event loop, or with ``for``; Ray's as its users do, in one thread each.
+        Ours all in one event loop, or with ``for``, or as Ray's `DataIterator`; Ray's as its users
+        do, in one thread each.
         """
         run: Callable[[], list[list[Loop]]]
+        if side == "asyncsplit" and job.drive == "as_data_iterator":
+            its = [it.as_data_iterator() for it in its]
         if side == "asyncsplit" and job.drive == "async for":
             run = lambda: asyncio.run(_together(its, start_at, job))  # noqa: E731
         elif len(its) == 1:

@@ -91,6 +91,7 @@ def formats(bench: Bench) -> list[Figure]:
         ("batch-size-32", "numpy", 32, 512_000, "async for"),
         ("batch-size-4096", "numpy", 4096, 8_000_000, "async for"),
         ("for", "numpy", 256, 2_000_000, "for"),
+        ("data-iterator", "numpy", 256, 2_000_000, "as_data_iterator"),
     ):
         blocks = 16
         if bench.quick:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import ray
-from ray.data import DataContext, Dataset
+from ray.data import DataContext, DataIterator, Dataset
 from ray.exceptions import RayTaskError, UserCodeException
 
-from asyncsplit import engine
+from asyncsplit import AsyncDataIterator, engine
 
 # Ray's own constructor sets fields that Ray has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
@@ -142,6 +142,30 @@ def test_ray_keeps_classes_of_actors_by_a_name() -> None:
     assert find(f"{path}._AutoscalingCoordinatorActor") is not None, moved(path)
     assert isinstance(find("ray.actor._ActorClassMethodMetadata._cache"), dict), moved("ray.actor")
     assert hasattr(find("ray._raylet.PythonFunctionDescriptor"), "class_name"), moved("ray._raylet")
+
+
+def test_data_iterators_build_on_what_ours_has() -> None:
+    """All methods that read rows call `_iter_batches`, or `_to_ref_bundle_iterator`."""
+    abstract = {"_to_ref_bundle_iterator", "get_context", "schema", "stats"}
+    assert DataIterator.__abstractmethods__ == abstract, moved("DataIterator's abstract methods")
+    ours = inspect.signature(AsyncDataIterator.iter_batches).parameters
+    names = {*ours, "_collate_fn", "_finalize_fn"}
+    theirs = set(inspect.signature(DataIterator._iter_batches).parameters)
+    assert theirs == names, moved(f"DataIterator._iter_batches: {theirs ^ names}")
+
+
+def test_a_finalized_batch_is_taken_out_of_its_wrapper() -> None:
+    module = importlib.import_module("ray.data._internal.block_batching.interfaces")
+    taken: list[int] = []
+
+    def finalize(batch: int) -> Any:
+        if not hasattr(module, "FinalizedData"):  # Ray 2.56
+            return batch
+        return module.FinalizedData(batch, lambda: taken.append(batch))
+
+    assert engine.finalized(finalize, 3) == 3
+    assert taken == ([3] if hasattr(module, "FinalizedData") else [])
+    assert engine.finalized(lambda batch: batch, 3) == 3
 
 
 def test_a_task_error_has_its_cause() -> None:
