@@ -14,7 +14,7 @@ PARALLEL := --numprocesses=2 --dist=worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-unit test-oldest-ray check format bench bench-quick simulate \
+.PHONY: help venv demo demo-observed test test-unit test-oldest-ray check format bench bench-quick simulate \
 	chaos soak clean
 
 help: ## List the targets
@@ -24,6 +24,9 @@ venv: $(VENV)/.installed ## Create .venv with everything for development
 
 demo: venv ## Run the demo
 	$(BIN)/python -m asyncsplit demo $(ARGS)
+
+demo-observed: venv ## Run the demo, and ask a Prometheus what training waited for
+	$(BIN)/python -m asyncsplit demo --observed $(ARGS)
 
 test: venv ## Run every test, with coverage
 	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term $(ARGS)

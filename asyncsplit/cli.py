@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from asyncsplit import __version__
 
-# Imported on use, since a command may need an extra.
+# Imported on use, since a command may need an extra, which has its name.
 _COMMANDS = {
     "dashboards": ("asyncsplit.telemetry.export", "write dashboards and alerts to a folder"),
     "demo": ("asyncsplit.demo", "feed a handful of async workers and watch the data plane"),
+    "top": ("asyncsplit.telemetry.top", "watch the split datasets of this node, live"),
 }
 
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is None or error.name.partition(".")[0] == __package__:
             raise
         print(
-            f"asyncsplit {args.command} needs {error.name}: pip install 'asyncsplit[demo]'",
+            f"asyncsplit {args.command} needs {error.name}:"
+            f" pip install 'asyncsplit[{args.command}]'",
             file=sys.stderr,
         )
         return 2

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from asyncsplit.telemetry.catalog import MAX_SPLIT_LABELS, WORST, Board
+from asyncsplit.telemetry.verdict import STALL_HIGH
 from dashboards import rules
 from dashboards.promql import Promql
 
@@ -131,7 +132,7 @@ OVERVIEW = Dashboard(
                             "{{dataset}} training",
                         ),
                     ),
-                    limits=(rules.STALL_RATIO,),
+                    limits=(STALL_HIGH,),
                     alert="AsyncSplitDataStallHigh",
                     top=1,
                 ),
@@ -164,7 +165,7 @@ OVERVIEW = Dashboard(
                             "{{dataset}} split {{split}}",
                         ),
                     ),
-                    limits=(rules.STALL_RATIO,),
+                    limits=(STALL_HIGH,),
                     top=1,
                 ),
                 Panel(
@@ -541,7 +542,7 @@ SPLITS = Dashboard(
                     "One line above the others: that worker, its node or its network. All of"
                     " them: the dataset.",
                     (_split_gauge("asyncsplit_split_stall_ratio"),),
-                    limits=(rules.STALL_RATIO,),
+                    limits=(STALL_HIGH,),
                     alert="AsyncSplitDataStallHigh",
                     top=1,
                 ),

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from asyncsplit.telemetry.verdict import STALL_HIGH
 from dashboards.promql import Promql
 
 RUNBOOK = "docs/runbook.md"
 """Where alerts and dashboards find the runbook, unless the export is told another address."""
 
-STALL_RATIO = 0.2
 STUCK_S = 300
 """A wait that has lasted this long is not a matter of slow data. Training steps are shorter."""
 SKEW_RATIO = 0.5
@@ -111,7 +111,7 @@ ALERTS = (
     Alert(
         "AsyncSplitDataStallHigh",
         "warning",
-        f"{STALL.name} > {STALL_RATIO}",
+        f"{STALL.name} > {STALL_HIGH}",
         "10m",
         "Training on {{ $labels.dataset }} waits for data {{ $value | humanizePercentage }} of the"
         " time",

@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 
 import ray
 from ray.exceptions import RayError
 
-from asyncsplit.demo import flights, job
+from asyncsplit.demo import flights, job, prometheus
+from asyncsplit.demo.observed import observing
 from asyncsplit.demo.report import judge
 from asyncsplit.errors import AsyncSplitError
 
@@ -34,8 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if missing:
         packages = " and ".join(missing)
         return _fail(2, f"asyncsplit demo needs {packages}: pip install 'asyncsplit[demo]'")
+    program = prometheus.installed() if arguments.observed else None
+    if arguments.observed and program is None:
+        return _fail(
+            2,
+            "asyncsplit demo --observed needs the program prometheus on the PATH (Debian, Ubuntu:"
+            " apt-get install prometheus). Without it: asyncsplit demo, and asyncsplit top in"
+            " another terminal.",
+        )
     try:
-        return _run(arguments)
+        return _run(arguments, program)
     except KeyboardInterrupt:
         return _fail(130, "asyncsplit demo: interrupted")
     except (AsyncSplitError, RayError, OSError) as error:
@@ -54,6 +63,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         ("--batch-size", 512, "rows per batch (default: %(default)s)"),
     ):
         parser.add_argument(option, type=_count, metavar="N", default=default, help=text)
+    parser.add_argument(
+        "--observed",
+        action="store_true",
+        help="have a Prometheus of this machine look on, and ask it what training waited for",
+    )
     arguments = parser.parse_args(argv)
     needed = max(FEWEST_ROWS, 2 * arguments.workers * arguments.batch_size)
     if arguments.rows is not None and arguments.rows < needed:
@@ -70,7 +84,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, program: str | None) -> int:
     from rich.console import Console
 
     from asyncsplit.demo.view import View, say, tables
@@ -91,9 +105,15 @@ def _run(arguments: argparse.Namespace) -> int:
         f"{rows + data.cancelled:,} flights, less {data.cancelled:,} cancelled or diverted:"
         f" {rows:,} rows per epoch",
     )
-    say(console, f"starting Ray on {CPUS} CPUs")
-    with _ray(), View(console, plan, rows) as view:
-        outcome = asyncio.run(job.run(data, plan, view.say, view.show))
+    with ExitStack() as stack:
+        observed = None
+        if program is not None:
+            say(console, "starting Prometheus")
+            observed = stack.enter_context(observing(program))
+        say(console, f"starting Ray on {CPUS} CPUs")
+        stack.enter_context(_ray())
+        view = stack.enter_context(View(console, plan, rows))
+        outcome = asyncio.run(job.run(data, plan, view.say, view.show, observed))
     tables(console, outcome, data.table.nbytes)
     checks = judge(outcome.workers, rows)
     for passed, finding in checks:

@@ -15,8 +15,10 @@ import ray
 
 import asyncsplit
 from asyncsplit.demo.flights import Encoding, Flights, encode
+from asyncsplit.demo.observed import Answer, Observed
 from asyncsplit.demo.record import Epoch, EpochReport, Progress
-from asyncsplit.demo.scrape import Samples, scrape
+from asyncsplit.demo.settle import settled
+from asyncsplit.telemetry.scrape import Samples
 
 LEARNING_RATE = 0.2
 BLOCKS = 16
@@ -42,6 +44,8 @@ class Outcome(NamedTuple):
     """For each worker, its epochs."""
     metrics: Samples
     """What the coordinator's endpoint served at the end."""
+    answers: list[Answer]
+    """What Prometheus says, if one looked on."""
 
 
 class Worker:
@@ -124,6 +128,7 @@ async def run(
     plan: Plan,
     say: Callable[[str], None],
     show: Callable[[Sequence[Progress]], None],
+    observed: Observed | None = None,
 ) -> Outcome:
     """Train on some flights, on a Ray that is running.
 
@@ -132,6 +137,7 @@ async def run(
         plan: How.
         say: Called with what the user should know.
         show: Called a few times a second with the progress of all workers.
+        observed: A Prometheus that looks on.
     """
     encoding = Encoding.of(flights.table)
     dataset = ray.data.from_arrow(flights.table, override_num_blocks=BLOCKS).map_batches(
@@ -139,11 +145,15 @@ async def run(
         fn_kwargs={"encoding": encoding},
         batch_size=None,
     )
+    dataset.set_name("flights")
     splits = asyncsplit.streaming_split(dataset, plan.workers, equal=True)
     url = await splits[0].metrics_url()
     if url is None:
         raise OSError("the coordinator could not open a port for its metrics")
-    say(f"metrics at {url} while this runs")
+    say(f"metrics at {url} while this runs; to watch: asyncsplit top, in another terminal")
+    if observed is not None:
+        await observed.begin(url, plan.workers)
+        say(f"Prometheus at {observed.url} scrapes them once a second")
     say(f"starting {plan.workers} workers")
 
     # No CPUs for those who mostly wait: the two there are belong to the dataset's tasks.
@@ -162,4 +172,6 @@ async def run(
         )
         await asyncio.gather(*done)  # raises what one of them raised
         show(await asyncio.gather(*(worker.progress.remote() for worker in workers)))
-    return Outcome([task.result() for task in training], await scrape(url, plan.epochs))
+    metrics = await settled(url, plan.epochs)
+    answers = [] if observed is None else await observed.end()
+    return Outcome([task.result() for task in training], metrics, answers)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from asyncsplit.demo.job import Outcome, Plan
 from asyncsplit.demo.record import EpochReport, Progress
-from asyncsplit.demo.scrape import Samples
+from asyncsplit.telemetry.scrape import Samples
 
 PLAIN_EVERY_S = 2.0
 """Seconds between two plain lines of progress."""
@@ -127,6 +127,12 @@ def say(console: Console, text: str, style: str | None = None) -> None:
 def tables(console: Console, outcome: Outcome, dataset_bytes: int) -> None:
     """Print what the workers saw, and what the metrics say."""
     console.print("", _seen(outcome.workers), "", _served(outcome.metrics, dataset_bytes), "")
+    if outcome.answers:
+        say(console, "What Prometheus says of the whole job", "bold")
+        for question, answer, query in outcome.answers:
+            say(console, f"{question:<32}{answer}")
+            say(console, f"{'':<32}{query}", "dim")
+        console.print()
 
 
 def _seen(workers: Sequence[Sequence[EpochReport]]) -> Table:

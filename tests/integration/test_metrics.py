@@ -14,9 +14,9 @@ import ray
 
 import asyncsplit
 from asyncsplit import AsyncDataIterator, SplitOptions, TelemetryConfig
-from asyncsplit.demo.scrape import Samples
 from asyncsplit.telemetry.discovery import targets
 from asyncsplit.telemetry.ray_metrics import Bridge
+from asyncsplit.telemetry.scrape import Samples
 from asyncsplit.telemetry.state import CoordinatorState
 from tests.integration.consume import Reader, eventually, read
 

@@ -13,7 +13,7 @@ from asyncsplit import demo
 from asyncsplit.demo import flights, job
 from asyncsplit.demo.record import Progress
 from asyncsplit.demo.report import exactly_once, loss_fell
-from asyncsplit.demo.scrape import Samples
+from asyncsplit.telemetry.scrape import Samples
 
 
 def shares(rows: int, workers: int, seed: int = 0) -> list[np.ndarray]:
@@ -233,3 +233,13 @@ def test_view_is_plain_lines_unless_on_a_terminal(
         )
         assert "\x1b" not in out.getvalue()
         assert "\r" not in out.getvalue()
+
+
+def test_observed_without_prometheus_says_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert demo.main(["--observed"]) == 2
+    message = capsys.readouterr().err
+    assert "needs the program prometheus" in message
+    assert "apt-get install prometheus" in message
