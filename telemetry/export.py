@@ -1,6 +1,7 @@
 """``asyncsplit dashboards export`` writes dashboards, rules and configuration to a folder."""
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
@@ -33,7 +34,7 @@ def export(folder: Path, content: dict[str, str], *, force: bool) -> list[Path]:
 
     Raises:
         ChangedError: If that would overwrite other files; nothing has been written then.
-        OSError: If that is not possible.
+        OSError: If that is not possible; files that were there are as they were.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
@@ -44,9 +45,17 @@ def export(folder: Path, content: dict[str, str], *, force: bool) -> list[Path]:
         ]
         if changed:
             raise ChangedError(changed)
-    for path, data in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+    with contextlib.ExitStack() as unfinished:
+        complete = []
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f".{path.name}.new")
+            unfinished.callback(new.unlink, missing_ok=True)
+            new.write_bytes(data)
+            complete.append((new, path))
+        # A disk that is full has shown by now, so all files are replaced or none.
+        for new, path in complete:
+            new.replace(path)
     return list(files)
 
 
@@ -102,9 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""  # none if the disk is full
         print(
-            f"asyncsplit dashboards export: cannot write to {args.folder}: {error.strerror}"
-            f" ({error.filename}). Name a folder that you may write to.",
+            f"asyncsplit dashboards export: cannot write to {args.folder}: {error.strerror}{where}."
+            " Name a folder that you may write to, on a disk with room.",
             file=sys.stderr,
         )
         return 1

@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -73,4 +74,22 @@ def test_a_folder_that_cannot_be_written_is_named(
     assert cli.main(["dashboards", "export", str(folder)]) == 1
     error = capsys.readouterr().err
     assert f"cannot write to {folder}: " in error
-    assert "Name a folder that you may write to." in error
+    assert "Name a folder that you may write to" in error
+
+
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["dashboards", "export", str(tmp_path), "--force"]
+    assert cli.main(command) == 0
+    (mine := tmp_path / "compose.yaml").write_text("mine")
+    before = written(tmp_path)
+    _, most = usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, most))  # less than a dashboard takes
+    try:
+        assert cli.main(command) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert f"cannot write to {tmp_path}: File too large. Name" in capsys.readouterr().err
+    assert written(tmp_path) == before, "nor half a file more"
+    assert mine.read_text() == "mine"
