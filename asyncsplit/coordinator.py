@@ -105,7 +105,15 @@ class SplitCoordinator:
             split, stream, lifeline[0], position and Position(*position)
         )
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
-        return await self._runner.start(split, stream, shuffle, takes_over=takes_over)
+        started = await self._runner.start(split, stream, shuffle, takes_over=takes_over)
+        # Who goes on after a restart knows better where to read from.
+        if (position and Position(*position).fed) or not self._reads(split, stream, started.epoch):
+            return started
+        delivery = self._runner.distribution.read(split, None)
+        if not (delivery.slices or delivery.end):
+            return started
+        self._state.send(split, delivery)
+        return started._replace(delivery=delivery)
 
     @replies
     async def hold(self, split: int, stream: Stream) -> None:
@@ -220,6 +228,11 @@ class SplitCoordinator:
     async def shutdown_executor(self) -> None:
         """Stop executing: whoever waits gets `StreamClosedError`, and no epoch starts any more."""
         await self._runner.shut_down()
+
+    def _reads(self, split: int, stream: Stream, epoch: int) -> bool:
+        epochs = self._runner.epochs
+        alive = stream.consumer not in epochs.dead
+        return alive and epochs.epoch == epoch and self._runner.reads(split, stream)
 
     def _acknowledge(
         self,

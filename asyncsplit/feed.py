@@ -175,7 +175,7 @@ class Feed:
     def _start(self, started: Started) -> None:
         """Begin to pull; after a restart of the coordinator, what has not been begun yet."""
         if self._cursor is None:
-            self.started = started
+            self.started = started._replace(delivery=None)
             self.times.started_at = perf_counter()
             self._reading.start(
                 started.epoch,
@@ -183,6 +183,8 @@ class Feed:
                 shuffled=started.shuffle is not None,
                 earlier=started.earlier,
             )
+            if started.delivery is not None:
+                self._take(Delivery(*started.delivery))
         self._starting = None
 
     def _rejoin(self, finished_rows: int) -> None:
@@ -206,7 +208,10 @@ class Feed:
         self._pulling = None
         if isinstance(reply, Rejoin):
             self._rejoin(finished_rows)
-            return
+        else:
+            self._take(reply)
+
+    def _take(self, reply: Delivery) -> None:
         if self._cursor is None:
             assert self.started is not None
             first_rows = reply.slices[0].stop - reply.slices[0].start if reply.slices else 0

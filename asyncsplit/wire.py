@@ -28,20 +28,6 @@ class Slice(NamedTuple):
     size_bytes: int
 
 
-class Started(NamedTuple):
-    """The barrier has opened: read the split's log."""
-
-    epoch: int
-    prefetch_bytes: int
-    """How many bytes to keep ahead."""
-    rows: int = 0
-    """Rows of the split that were finished with before this stream."""
-    shuffle: ShuffleKey | None = None
-    """What the order of these rows was drawn from, and that of the rest is to be."""
-    earlier: tuple[tuple[Past, ...], ...] = ()
-    """See `Position`."""
-
-
 class Delivery(NamedTuple):
     """Slices from number ``cursor`` of the split's log on; ``end`` if no others follow."""
 
@@ -54,6 +40,22 @@ class Delivery(NamedTuple):
     """Fingerprint of the slices before; for a stream's first pull."""
     skipped: tuple[int, ...] = ()
     """Rows of each of the slices before; for the first pull of a stream that shuffles."""
+
+
+class Started(NamedTuple):
+    """The barrier has opened: read the split's log."""
+
+    epoch: int
+    prefetch_bytes: int
+    """How many bytes to keep ahead."""
+    rows: int = 0
+    """Rows of the split that were finished with before this stream."""
+    shuffle: ShuffleKey | None = None
+    """What the order of these rows was drawn from, and that of the rest is to be."""
+    earlier: tuple[tuple[Past, ...], ...] = ()
+    """See `Position`."""
+    delivery: Delivery | None = None
+    """The answer to the stream's first pull, if there is one already."""
 
 
 class Rejoin(NamedTuple):

@@ -4,6 +4,8 @@ import contextlib
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
+
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.ledger import Position, fingerprint
@@ -36,14 +38,19 @@ class Answers:
         return future
 
 
-def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint() -> None:
-    """Also before it has begun it: a coordinator that is restarted then would refuse it."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint(at_once: bool) -> None:
+    """Also before it has begun it: a coordinator that is restarted then would refuse it.
+
+    The first slices may come with the news that the epoch has started.
+    """
     loop = VirtualLoop()
     use_clock(loop)
     half_read = Slice(Ref(range(5), loop, 1.0), 0, 5, 40)  # type: ignore[arg-type]
+    first = Delivery(1, (half_read,), end=False, skip_rows=2, check=fingerprint(0, 3))
     coordinator: Any = Answers(
-        start_epoch=[Started(0, 100, rows=5)],
-        pull=[Delivery(1, (half_read,), end=False, skip_rows=2, check=fingerprint(0, 3))],
+        start_epoch=[Started(0, 100, rows=5, delivery=first if at_once else None)],
+        pull=[] if at_once else [first],
     )
     with fakes_installed(), contextlib.closing(loop):
         feed = Feed(

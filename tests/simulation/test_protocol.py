@@ -223,6 +223,8 @@ class Reader:
                 self.started = Started(*reply)
                 self.rows = self.started.rows
                 self.job.begin(self, self.started)
+                if self.started.delivery is not None:
+                    self.receive(Delivery(*self.started.delivery))
         elif call is self.pulling:
             self.pulling = None
             if isinstance(reply, Failure):
