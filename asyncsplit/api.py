@@ -1,6 +1,7 @@
 """streaming_split() and iter_batches(): check the arguments, create the coordinator."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -9,6 +10,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from asyncsplit import engine
 from asyncsplit.coordinator import SplitCoordinator
+from asyncsplit.core.budget import prefetch_budget
 from asyncsplit.iterator import AsyncDataIterator
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import pack
@@ -59,7 +61,8 @@ def streaming_split(
             " rows. Use routing='rows', or equal=False"
         )
     hints = _check_hints(locality_hints, n)
-    _check_cluster()
+    store_bytes = _check_cluster().get("object_store_memory")
+    budget = prefetch_budget(options.prefetch_bytes, n, store_bytes)
     pieces, refs = pack(ds)
     coordinator: Coordinator = (
         ray.remote(SplitCoordinator)
@@ -75,7 +78,7 @@ def streaming_split(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
         )
-        .remote(n, bool(equal), hints, options, *pieces)  # type: ignore[assignment]
+        .remote(n, bool(equal), hints, replace(options, prefetch_bytes=budget), *pieces)  # type: ignore[assignment]
     )
     if refs:
         coordinator.keep.remote(refs)
@@ -94,18 +97,21 @@ def iter_batches(
     return iterator.iter_batches(**kwargs)
 
 
-def _check_cluster() -> None:
+def _check_cluster() -> dict[str, float]:
+    """Return the cluster's resources."""
     if not ray.is_initialized():
         raise RuntimeError(
             "Ray is not running: the dataset belongs to a cluster that was shut down, or was"
             " created elsewhere. Call ray.init() and create the dataset again"
         )
     # Asks the cluster's head, which takes about a millisecond: no wait for anybody else.
-    if not ray.cluster_resources().get("CPU"):
+    resources: dict[str, float] = ray.cluster_resources()
+    if not resources.get("CPU"):
         raise RuntimeError(
             "the Ray cluster has no CPUs, so the dataset cannot be executed: start Ray with"
             " num_cpus=1 or more, or add a node"
         )
+    return resources
 
 
 def _check_hints(hints: Sequence[str] | None, n: int) -> list[str] | None:

@@ -76,9 +76,10 @@ class SplitOptions:
     """Which split gets the next block: ``"rows"``, the one with the fewest rows so far, as
     upstream does; ``"demand"``, whoever asks, so that a slow consumer holds nobody up."""
 
-    prefetch_bytes: int = 256 * 2**20
+    prefetch_bytes: int | None = None
     """Bytes that may wait for one split, from coordinator to training loop. One block more than
-    this is the most ever held: a block larger than the budget still gets through."""
+    this is the most ever held: a block larger than the budget still gets through. None for 256
+    MiB, but no more than the split's part of an eighth of the cluster's object stores."""
 
     barrier_timeout_s: float | None = 1800.0
     """Seconds a split may be silent while others wait for it, before they get
@@ -114,13 +115,16 @@ class SplitOptions:
             raise ValueError(
                 f"SplitOptions.coordinator_max_restarts={restarts} must be 0 (never) or more"
             )
-        if not isinstance(self.prefetch_bytes, int) or isinstance(self.prefetch_bytes, bool):
-            raise TypeError(f"SplitOptions.prefetch_bytes={self.prefetch_bytes!r} must be an int")
-        if self.prefetch_bytes < 1:
-            raise ValueError(
-                f"SplitOptions.prefetch_bytes={self.prefetch_bytes} must be 1 or more; one block"
-                " is always let through, so 1 means one block at a time"
-            )
+        if self.prefetch_bytes is not None:
+            if not isinstance(self.prefetch_bytes, int) or isinstance(self.prefetch_bytes, bool):
+                raise TypeError(
+                    f"SplitOptions.prefetch_bytes={self.prefetch_bytes!r} must be an int, or None"
+                )
+            if self.prefetch_bytes < 1:
+                raise ValueError(
+                    f"SplitOptions.prefetch_bytes={self.prefetch_bytes} must be 1 or more; one"
+                    " block is always let through, so 1 means one block at a time"
+                )
         if self.epochs is not None:
             if not isinstance(self.epochs, int) or isinstance(self.epochs, bool):
                 raise TypeError(f"SplitOptions.epochs={self.epochs!r} must be an int, or None")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from ray import ObjectRef
 
 from asyncsplit import engine
+from asyncsplit.core.budget import prefetch_budget
 from asyncsplit.core.epochs import Epochs, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, lost_error
@@ -63,8 +64,9 @@ class EpochRunner:
         self._hints = hints
         self._keeps_order = keeps_order
         self._options = options
+        self._budget = prefetch_budget(options.prefetch_bytes, n, None)
         # What is given on demand is asked for one block at a time, when the last one is begun.
-        self._prefetch_bytes = 1 if options.routing == "demand" else options.prefetch_bytes
+        self._prefetch_bytes = 1 if options.routing == "demand" else self._budget
         self._guard = guard
         self._state = state
         self.epochs = Epochs(n)
@@ -383,7 +385,7 @@ class EpochRunner:
         router = make_router(
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
-        ledger = Ledger(self._n, router, self._options.prefetch_bytes, resume)
+        ledger = Ledger(self._n, router, self._budget, resume)
         return Distribution(ledger, self._guard, self._distribution_ended)
 
 

@@ -48,7 +48,7 @@ def test_iter_batches(
     [
         ({"routing": "random"}, ValueError, "routing='random' is unknown: use 'rows' or 'demand'"),
         ({"prefetch_bytes": 0}, ValueError, "prefetch_bytes=0 must be 1 or more"),
-        ({"prefetch_bytes": 1.5}, TypeError, r"prefetch_bytes=1\.5 must be an int"),
+        ({"prefetch_bytes": 1.5}, TypeError, r"prefetch_bytes=1\.5 must be an int, or None"),
         ({"epochs": 0}, ValueError, "epochs=0 must be 1 or more, or None"),
         ({"epochs": True}, TypeError, "epochs=True must be an int, or None"),
         ({"telemetry": None}, TypeError, "telemetry=None must be a TelemetryConfig"),
