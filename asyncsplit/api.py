@@ -11,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from asyncsplit import engine
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.budget import prefetch_budget
+from asyncsplit.core.routing import Equal
 from asyncsplit.iterator import AsyncDataIterator
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import pack
@@ -22,7 +23,7 @@ def streaming_split(
     ds: Dataset,
     n: int,
     *,
-    equal: bool = False,
+    equal: Equal = False,
     locality_hints: Sequence[str] | None = None,
     options: SplitOptions | None = None,
 ) -> list[AsyncDataIterator]:
@@ -34,7 +35,9 @@ def streaming_split(
     Args:
         ds: The dataset; executed as it is, with its own context.
         n: How many splits.
-        equal: Give all splits exactly the same number of rows, dropping up to ``n - 1``.
+        equal: Give all splits exactly the same number of rows: True drops up to ``n - 1`` of them,
+            ``"pad"`` drops none and gives up to ``n - 1`` of the dataset's last rows twice. See
+            `StreamStatistics.padded_rows`.
         locality_hints: For each split, the id of the node its consumer runs on; ignored, as
             upstream does, where the dataset preserves order.
         options: Everything else.
@@ -55,11 +58,14 @@ def streaming_split(
     options = options or SplitOptions()
     if not isinstance(options, SplitOptions):
         raise TypeError(f"options={options!r} must be an asyncsplit.SplitOptions")
+    if isinstance(equal, str) and equal != "pad":
+        raise ValueError(f"equal={equal!r} is unknown: use True, False or 'pad'")
     if equal and options.routing == "demand":
         raise ValueError(
-            "equal=True cannot be combined with routing='demand': equal shares are decided by"
+            f"equal={equal!r} cannot be combined with routing='demand': equal shares are decided by"
             " rows. Use routing='rows', or equal=False"
         )
+    shares: Equal = equal if equal == "pad" else bool(equal)
     hints = _check_hints(locality_hints, n)
     store_bytes = _check_cluster().get("object_store_memory")
     budget = prefetch_budget(options.prefetch_bytes, n, store_bytes)
@@ -78,7 +84,7 @@ def streaming_split(
                 ray.get_runtime_context().get_node_id(), soft=False
             ),
         )
-        .remote(n, bool(equal), hints, replace(options, prefetch_bytes=budget), *pieces)  # type: ignore[assignment]
+        .remote(n, shares, hints, replace(options, prefetch_bytes=budget), *pieces)  # type: ignore[assignment]
     )
     if refs:
         coordinator.keep.remote(refs)

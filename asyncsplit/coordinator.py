@@ -18,6 +18,7 @@ from asyncsplit import engine
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.ledger import Position
 from asyncsplit.core.progress import Progress
+from asyncsplit.core.routing import Equal
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.guard import DuringExecution, Guard
 from asyncsplit.options import SplitOptions
@@ -35,7 +36,7 @@ class SplitCoordinator:
     def __init__(
         self,
         n: int,
-        equal: bool,
+        equal: Equal,
         locality_hints: Sequence[str] | None,
         options: SplitOptions,
         *pieces: bytes,

@@ -327,7 +327,7 @@ class Feed:
         self._backlog_bytes -= part.size_bytes
         self._fed_bytes += part.size_bytes
         skipped = self._reading.begin(part.stop - part.start)
-        self._pipeline.add(block, part.start + skipped, part.stop)
+        self._pipeline.add(block, part.start + skipped, part.stop, padding=part.padding)
 
     def _progress(self, finished_rows: int) -> Progress:
         return self._reading.progress(finished_rows, self._pipeline.oldest_unfinished)

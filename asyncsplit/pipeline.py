@@ -6,6 +6,7 @@ array per column and block, and a batch is a dict of views.
 """
 
 import secrets
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
@@ -70,6 +71,7 @@ class Pipeline:
         """Rows of all batches handed out."""
         self.rows_dropped = 0
         """Rows of the last batch, if it was dropped for not being full."""
+        self._padding: list[int] = []
         self.shuffle: ShuffleKey | None = None
         """What the order is drawn from, also if no seed was given; None if it is the input's."""
         self._shuffle: ShuffleBuffer | None = None
@@ -123,8 +125,10 @@ class Pipeline:
             self.shuffle = self.shuffle._replace(seed=seed)
         self._shuffle.resume(skipped, finished + self._repeats, self.shuffle.seed)
 
-    def add(self, block: Any, start: int, stop: int) -> None:
+    def add(self, block: Any, start: int, stop: int, *, padding: bool = False) -> None:
         """Take rows `start` to `stop` of a block; calls are in the order of the rows.
+
+        ``padding`` says that these rows repeat others, as do all that come after them.
 
         Raises:
             TypeError: If it is no block.
@@ -137,7 +141,9 @@ class Pipeline:
         if not 0 <= start <= stop <= rows:
             raise ValueError(f"rows {start} to {stop} are not within a block of {rows} rows")
         if self._shuffle is not None:
-            self._shuffle.expect(stop - start)
+            self._shuffle.expect(stop - start, padding=padding)
+        elif padding:
+            self._padding.extend(range(self.rows_in, self.rows_in + stop - start))
         if start < stop:
             self.blocks.append(cut(block, start, stop))
             repeats = min(self._repeats, stop - start)
@@ -158,6 +164,12 @@ class Pipeline:
     def batches_out(self) -> int:
         """Batches handed out."""
         return -(-self.rows_out // self._size) if self._size else self._whole_blocks
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows handed out that repeat others."""
+        padding = self._padding if self._shuffle is None else self._shuffle.padding
+        return bisect_left(padding, self.rows_out)
 
     @property
     def rows_buffered(self) -> int:

@@ -19,7 +19,7 @@ from asyncsplit.core.epochs import Epochs, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, lost_error
 from asyncsplit.core.replay import Replay, read_before
-from asyncsplit.core.routing import make_router
+from asyncsplit.core.routing import Equal, make_router
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.distribution import Distribution
 from asyncsplit.errors import ConsumerConflictError, StaleEpochError, StreamClosedError
@@ -51,7 +51,7 @@ class EpochRunner:
         self,
         n: int,
         *,
-        equal: bool,
+        equal: Equal,
         hints: Sequence[str] | None,
         keeps_order: bool,
         options: SplitOptions,

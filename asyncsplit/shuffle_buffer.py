@@ -54,6 +54,10 @@ class ShuffleBuffer:
         self._skipped = 0
         self._delivered = 0
         self._to_replay = 0
+        self._padding_from: int | None = None
+        self._drawn = 0
+        self.padding: list[int] = []
+        """Places, in the order drawn since, of the rows that repeat others."""
         self._parts: list[_Part] = []
         # Where each part begins, and the end. Before the first are places of rows without data.
         self._places = np.zeros(1, np.int64)
@@ -63,8 +67,10 @@ class ShuffleBuffer:
         """Whether it has been told of any input."""
         return bool(self._starts or self._delivered)
 
-    def expect(self, rows: int) -> None:
-        """Note that the input's next block has so many rows."""
+    def expect(self, rows: int, *, padding: bool = False) -> None:
+        """Note that the input's next block has so many rows; from padding on, all repeat others."""
+        if padding and self._padding_from is None:
+            self._padding_from = self._next_row
         self._starts.append(self._next_row)
         self._next_row += rows
 
@@ -143,6 +149,10 @@ class ShuffleBuffer:
             places = plan.draw()
             if not len(places):
                 return
+            if self._padding_from is not None:
+                repeated = plan.input_rows(places) >= self._padding_from
+                self.padding.extend((np.flatnonzero(repeated) + self._drawn).tolist())
+            self._drawn += len(places)
             for first in range(0, len(places), at_once):
                 block = [self._take(places[first : first + at_once])]
                 if plan.is_empty and first + at_once >= len(places):

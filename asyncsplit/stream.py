@@ -45,6 +45,8 @@ class StreamStatistics(NamedTuple):
     """The epoch being read; None before it has started."""
     rows: int
     """Rows handed out."""
+    padded_rows: int
+    """How many of them repeat others, with ``equal="pad"``: without a local shuffle, the last."""
     batches: int
     """Batches handed out."""
     buffered_rows: int
@@ -116,6 +118,7 @@ class BatchStream(Generic[T]):
         return StreamStatistics(
             epoch=feed.started.epoch if feed and feed.started else None,
             rows=self._pipeline.rows_out,
+            padded_rows=self._pipeline.padded_rows,
             batches=self._pipeline.batches_out,
             buffered_rows=self._pipeline.rows_buffered,
             buffered_blocks=feed.backlog if feed else 0,

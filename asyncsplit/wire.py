@@ -26,6 +26,8 @@ class Slice(NamedTuple):
     start: int
     stop: int
     size_bytes: int
+    padding: bool = False
+    """Whether these rows repeat others, to make shares equal."""
 
 
 class Delivery(NamedTuple):

@@ -426,11 +426,15 @@ COORDINATOR = Dashboard(
                     stacked=True,
                 ),
                 Panel(
-                    "Truncated rows",
+                    "Truncated and padded rows",
                     "short",
-                    "Rows that nobody gets, in the interval before each point. With `equal=True`,"
-                    " fewer than there are splits in each epoch.",
-                    (_events("asyncsplit_truncated_rows_total", "{{reason}}", "reason"),),
+                    "Rows that nobody gets, and rows that are given twice, in the interval before"
+                    ' each point. With `equal=True`, or `equal="pad"`, fewer than there are splits'
+                    " in each epoch.",
+                    (
+                        _events("asyncsplit_truncated_rows_total", "{{reason}}", "reason"),
+                        _events("asyncsplit_padded_rows_total", "padded"),
+                    ),
                     bars=True,
                 ),
             ),

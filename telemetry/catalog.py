@@ -690,8 +690,8 @@ CATALOG = (
         "gauge",
         "",
         ("dataset", "state"),
-        "Rows that the dataset has produced in the epoch under way, by where they are: unassigned,"
-        " leased, committed or truncated.",
+        "Rows of the epoch under way that the dataset has produced, or that were added as padding,"
+        " by where they are: unassigned, leased, committed or truncated.",
         "overview",
         "Rows of the epoch",
         _keyed(_epoch_rows),
@@ -782,8 +782,18 @@ CATALOG = (
         ("dataset", "reason"),
         "Rows nobody got: left over for equal shares, or for splits that left early.",
         "coordinator",
-        "Truncated rows",
+        "Truncated and padded rows",
         _keyed(lambda snapshot: snapshot.state.truncated_rows),
+    ),
+    Metric(
+        "asyncsplit_padded_rows_total",
+        "counter",
+        "",
+        _DATASET,
+        "Rows given a second time, to fill up splits that were short of the others' rows.",
+        "coordinator",
+        "Truncated and padded rows",
+        _whole(lambda state: state.padded_rows),
     ),
     Metric(
         "asyncsplit_redelivered_rows_total",

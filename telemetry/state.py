@@ -309,6 +309,7 @@ class CoordinatorState:
     truncated_rows: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("equal", "left_early"), 0)
     )
+    padded_rows: int = 0
     redelivered_rows: int = 0
     rejoins: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(("consumer_died", "coordinator_restarted"), 0)
@@ -426,6 +427,7 @@ class CoordinatorState:
             by_shares = ledger.router.truncated_rows if equal else 0
             self.truncated_rows["equal"] += by_shares
             self.truncated_rows["left_early"] += ledger.truncated_rows - by_shares
+            self.padded_rows += ledger.router.padded_rows
 
     def tick_in(self, seconds: float) -> None:
         """Note that the event loop's timer is to come so soon."""

@@ -18,7 +18,8 @@ def summary(state: CoordinatorState) -> str:
             f" epochs: {_counts(state.epochs)}",
             f"* Delivered: {every.rows:,} rows in {every.batches:,} batches, from"
             f" {every.blocks:,} blocks of {every.bytes / 2**20:,.1f} MiB;"
-            f" {sum(state.truncated_rows.values()):,} rows truncated",
+            f" {sum(state.truncated_rows.values()):,} rows truncated,"
+            f" {state.padded_rows:,} padded",
             f"* Data stall: {_stall(every)}{_worst(totals)}",
             f"* Iterator: {state.serialized_bytes:,} bytes pickled,"
             f" {state.serializations:,} times; {state.conflicts:,} consumers in conflict",

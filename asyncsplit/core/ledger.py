@@ -1,5 +1,7 @@
 """Where every row of an epoch is: unassigned, leased, committed or truncated.
 
+A row that is repeated to make shares equal is a row of its own there, in a lease of its own.
+
 Each split has a log of leases, numbered without gaps. A consumer reads it from a cursor and says
 how far it has come; both are absolute, so a message that is lost, repeated or late does no harm,
 and a replacement that reads from the committed position gets just what was not finished.
@@ -359,7 +361,7 @@ class Ledger:
     @property
     def complete(self) -> bool:
         """Whether every row of the epoch is leased, committed or truncated."""
-        return self.finished and not self.router.unassigned_rows
+        return self.router.complete
 
     def credit(self) -> int:
         """Return how many bytes may be taken from the dataset; 1 stands for one block.

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from asyncsplit.core.ledger import FINISHED, Past, Position, SplitLog
-from asyncsplit.core.routing import Part, make_router
+from asyncsplit.core.routing import Equal, Part, make_router
 from asyncsplit.errors import CoordinatorLostError, StateMismatchError
 
 
@@ -53,7 +53,7 @@ class Replay:
     Routes a dataset's parts as the earlier run did, and passes on what its splits left.
     """
 
-    def __init__(self, splits: Sequence[Past], *, equal: bool) -> None:
+    def __init__(self, splits: Sequence[Past], *, equal: Equal) -> None:
         """Start at the beginning of the epoch in which the splits had come so far."""
         self._router = make_router(len(splits), equal=equal, routing="rows")
         self._logs = [
@@ -73,7 +73,8 @@ class Replay:
             log = self._logs[split]
             if log.append(part):
                 finished = log.skip_rows
-                left.append(part.cut(finished)[1] if finished else part)
+                if not part.padding:  # else somebody else has, or had, the same rows
+                    left.append(part.cut(finished)[1] if finished else part)
                 log.acknowledge(log.assigned_rows, fed=log.next_seq)
         return left
 

@@ -8,7 +8,9 @@ routed the same way, which is what makes a position in an epoch a few integers.
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from heapq import heapreplace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
+
+Equal: TypeAlias = bool | Literal["pad"]
 
 
 class Part(NamedTuple):
@@ -19,6 +21,8 @@ class Part(NamedTuple):
     stop: int
     size_bytes: int
     node: str | None = None
+    padding: bool = False
+    """Whether its rows repeat rows of another part, to make shares equal."""
 
     @property
     def rows(self) -> int:
@@ -59,6 +63,8 @@ class RowsRouter:
         self.unassigned_rows = 0
         self.unassigned_bytes = 0
         self.truncated_rows = 0
+        self.padded_rows = 0
+        """Rows given a second time, to make shares equal."""
         self.locality_hits = 0
         self.locality_misses = 0
         self._hints = hints
@@ -79,13 +85,18 @@ class RowsRouter:
     def leave(self, split: int) -> None:
         """Note that a split takes no more; shares by rows do not depend on who is there."""
 
+    @property
+    def complete(self) -> bool:
+        """Whether all there is to be given has been given."""
+        return self._finished and not self.unassigned_rows
+
     def wanted_by(self, hungry: Collection[int]) -> Collection[int]:
         """Name the splits that the next part may go to."""
         return (self._fewest(),)
 
     def may_get_more(self, split: int) -> bool:
         """Tell whether the split may be given another part."""
-        return not self._finished or self.unassigned_rows > 0
+        return not self.complete
 
     def assign(
         self, hungry: Collection[int], full: Collection[int] = frozenset()
@@ -101,13 +112,12 @@ class RowsRouter:
             hold = 2 * len(self.rows) if self._hints and not self._finished else 0
             if split in full or (len(self._held) <= hold and split not in hungry):
                 return
-            yield self._give_fewest(self._pick(split))
+            yield self._to_fewest(self._give(split, self._pick(split)))
 
     def _fewest(self) -> int:
         return self._by_rows[0][1]
 
-    def _give_fewest(self, index: int) -> Assignment:
-        given = self._give(self._fewest(), index)
+    def _to_fewest(self, given: Assignment) -> Assignment:
         heapreplace(self._by_rows, (self.rows[given.split], given.split))
         return given
 
@@ -177,10 +187,79 @@ class EqualRouter(RowsRouter):
                     return
                 self._held[index], rest = self._held[index].cut(room)
                 self._held.insert(index + 1, rest)
-            yield self._give_fewest(index)
+            yield self._to_fewest(self._give(split, index))
 
     def _room(self, split: int) -> int:
         return self._seen_rows // len(self.rows) - self.rows[split]
+
+
+class PaddedRouter(EqualRouter):
+    """Route as `EqualRouter`, but give every row to somebody, and some of the last ones twice.
+
+    In the end splits that are short of the others' rows get the dataset's last rows once more, as
+    many as are missing in all (fewer than there are splits), one split after the other. The blocks
+    these rows are in are kept until then.
+    """
+
+    def __init__(self, n: int, hints: Sequence[str] | None = None) -> None:
+        """Start an epoch with ``n`` splits, none of which has rows."""
+        super().__init__(n, hints)
+        self._last: deque[Part] = deque()
+        self._last_rows = 0
+
+    def add(self, part: Part) -> None:
+        """Take the next part of the dataset."""
+        super().add(part)
+        self._last.append(part._replace(padding=True))
+        self._last_rows += part.rows
+        self._keep(len(self.rows) - 1)
+
+    def finish(self) -> None:
+        """Note that no more parts come, so that it is known how many rows will be missing."""
+        super().finish()
+        self._keep(-self._seen_rows % len(self.rows))
+
+    @property
+    def complete(self) -> bool:
+        """Whether all there is to be given has been given, so that all have the same."""
+        return super().complete and not self._room(self._fewest())
+
+    def assign(
+        self, hungry: Collection[int], full: Collection[int] = frozenset()
+    ) -> Iterator[Assignment]:
+        """Route what no share is too small for; in the end, fill up those who are short."""
+        yield from super().assign(hungry, full)
+        while super().complete and not self.complete:
+            split = self._fewest()
+            if split in full:
+                return
+            yield self._to_fewest(self._pad(split))
+        if self.complete:
+            self._last.clear()
+
+    def _room(self, split: int) -> int:
+        up = len(self.rows) - 1 if self._finished else 0
+        return (self._seen_rows + up) // len(self.rows) - self.rows[split]
+
+    def _keep(self, rows: int) -> None:
+        """Let go of all but the last rows."""
+        while self._last_rows > rows:
+            first = self._last.popleft()
+            surplus = min(self._last_rows - rows, first.rows)
+            if surplus < first.rows:
+                self._last.appendleft(first.cut(surplus)[1])
+            self._last_rows -= surplus
+
+    def _pad(self, split: int) -> Assignment:
+        """Give a split what it is short of, or some of it; what is repeated goes to the end."""
+        part, room = self._last.popleft(), self._room(split)
+        if part.rows > room:
+            part, rest = part.cut(room)
+            self._last.appendleft(rest)
+        self._last.append(part)
+        self.rows[split] += part.rows
+        self.padded_rows += part.rows
+        return Assignment(split, part)
 
 
 class DemandRouter(RowsRouter):
@@ -216,9 +295,9 @@ class DemandRouter(RowsRouter):
 
 
 def make_router(
-    n: int, *, equal: bool, routing: str, hints: Sequence[str] | None = None
+    n: int, *, equal: Equal, routing: str, hints: Sequence[str] | None = None
 ) -> RowsRouter:
     """Return the router for one epoch of ``n`` splits."""
     if equal:
-        return EqualRouter(n, hints)
+        return (PaddedRouter if equal == "pad" else EqualRouter)(n, hints)
     return (DemandRouter if routing == "demand" else RowsRouter)(n, hints)

@@ -31,6 +31,13 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
             ValueError,
             "equal=True cannot be combined with routing='demand'",
         ),
+        (
+            2,
+            {"equal": "pad", "options": SplitOptions(routing="demand")},
+            ValueError,
+            "equal='pad' cannot be combined with routing='demand'",
+        ),
+        (2, {"equal": "repeat"}, ValueError, "equal='repeat' is unknown: use True, False or 'pad'"),
     ],
 )
 def test_streaming_split(

@@ -51,6 +51,52 @@ async def test_ten_blocks_over_three_splits(drive: Drive, equal: bool, expected:
     assert len(set(rows)) == len(rows)
 
 
+async def test_padded_splits_get_every_row_and_as_many_batches() -> None:
+    """In order, shuffled and row by row; and the last rows of a loop are those that repeat."""
+    its = asyncsplit.streaming_split(thousand(), 3, equal="pad")
+    shuffle: dict[str, Any] = {"local_shuffle_buffer_size": 50, "batch_size": 30}
+
+    async def evaluate(it: AsyncDataIterator) -> tuple[list[int], int]:
+        ids: list[int] = []
+        stream = it.iter_batches(batch_size=100)
+        async for batch in stream:
+            ids += batch["id"].tolist()
+        return ids, stream.statistics().padded_rows
+
+    shares = await asyncio.gather(*map(evaluate, its))
+    assert [len(ids) for ids, _ in shares] == [334] * 3
+    own = [ids[: len(ids) - padded] for ids, padded in shares]
+    assert sorted(chain(*own)) == list(range(1000))
+    for arguments in (shuffle, {**shuffle, "drop_last": True}):
+        streams = [it.iter_batches(**arguments) for it in its]
+
+        async def batches(stream: Any) -> list[Any]:
+            return [batch["id"] async for batch in stream]
+
+        got = await asyncio.gather(*map(batches, streams))
+        dropped = 334 % 30 if "drop_last" in arguments else 0
+        assert [sum(map(len, ids)) for ids in got] == [334 - dropped] * 3
+        assert len({len(ids) for ids in got}) == 1
+        if not dropped:
+            assert {i for ids in got for batch in ids for i in batch} == set(range(1000))
+            assert sum(stream.statistics().padded_rows for stream in streams) == 2
+    rows = await asyncio.gather(*(count_rows(it) for it in its))
+    assert rows == [334] * 3
+    assert "8 padded" in await its[0].stats(), "in four epochs"
+
+
+async def count_rows(it: AsyncDataIterator) -> int:
+    return len([row async for row in it.iter_rows()])
+
+
+@pytest.mark.parametrize(("rows", "n"), [(0, 3), (1, 2), (3, 8), (5, 1)])
+async def test_padding_few_rows(rows: int, n: int) -> None:
+    ds = thousand(2).filter(expr=col("id") < rows)
+    epoch = await read_epoch(asyncsplit.streaming_split(ds, n, equal="pad"))
+    assert [len(ids) for ids in epoch] == [-(-rows // n)] * n
+    assert set(chain(*epoch)) == set(range(rows))
+
+
 async def test_demand_delivers_every_row_once() -> None:
     options = SplitOptions(routing="demand")
     ds = thousand(20).map_batches(lambda batch: batch)

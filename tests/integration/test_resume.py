@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,28 @@ async def test_another_number_of_splits_shares_what_is_left(equal: bool) -> None
     # Three equal splits drop up to two rows.
     assert len(read_before + rest) == len({*read_before, *rest}) >= 1000 - 2 * equal
     assert len(await read(last)) == 1000, "and then full epochs"
+
+
+async def test_padded_shares_outlive_the_coordinator_and_the_run() -> None:
+    its = asyncsplit.streaming_split(dataset(), 3, equal="pad")
+    epoch = await asyncio.gather(read_with_deaths(its[0], [120]), read(its[1]), read(its[2]))
+    assert [len(ids) for ids in epoch] == [334] * 3
+    assert set(chain(*epoch)) == set(range(1000))
+    stopped = await asyncio.gather(*map(stop_at, its, (90, 330, 200)))
+    states = json.loads(json.dumps([state for _, state in stopped]))
+    read_before = [i for ids, _ in stopped for i in ids]
+    for n in (3, 2):
+        again = asyncsplit.streaming_split(dataset(), n, equal="pad")
+        for it in again:
+            it.load_state_dict(states)
+        rest = await read_epoch(again)
+        assert {*read_before, *chain(*rest)} == set(range(1000))
+        if n == 3:
+            assert [len(a) + len(b) for (a, _), b in zip(stopped, rest, strict=True)] == [334] * 3
+        else:
+            assert len(rest[0]) == len(rest[1])
+            # Two were repeated at most by those who read before, and one more now.
+            assert len(read_before) + len(rest[0]) * 2 <= 1000 + 3
 
 
 async def test_a_split_that_had_finished_has_nothing_left_for_others() -> None:

@@ -1,10 +1,12 @@
 """What must hold after every step, seen from outside of the coordinator and of the consumers."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import Phase, Stream
 from asyncsplit.core.ledger import Ledger
+from asyncsplit.core.routing import Equal
 from tests.simulation.dataset import FakeDataset, PumpThread, Ref
 
 
@@ -13,6 +15,8 @@ class Share:
     """What one split got in one epoch."""
 
     ids: list[int] = field(default_factory=list)
+    padded: int = 0
+    """How many of them repeat others: the last."""
     seen: int = 0
     """Leases looked at."""
     drawn: list[int] = field(default_factory=list)
@@ -31,7 +35,7 @@ class Oracle:
     coordinator: SplitCoordinator
     dataset: FakeDataset
     budget: int
-    equal: bool
+    equal: Equal
     shuffled: bool
     may_drop: int
     """Rows of a last batch that may count as finished though nobody gets them."""
@@ -93,7 +97,7 @@ class Oracle:
             before = share.drawn[first : first + len(ids)]
             assert before == ids[: len(before)], f"{split=} got {ids}, and before {before}"
             share.drawn += ids[len(before) :]
-            assert len(share.drawn) == len(set(share.drawn)), "a row came twice"
+            assert not Counter(share.drawn) - Counter(share.ids), "a row came twice"
         else:
             expected = share.ids[first : first + len(ids)]
             assert ids == expected, f"{split=} got {ids}, not {expected}"
@@ -131,7 +135,7 @@ class Oracle:
                 f"{log.waiting_bytes} bytes wait for {split=}, {bound} may"
             )
         assert leased + committed + ledger.truncated_rows + ledger.router.unassigned_rows == (
-            ledger.produced_rows
+            ledger.produced_rows + ledger.router.padded_rows
         ), "each row is unassigned, leased, committed or truncated"
         assert sum(log.leased_bytes for log in ledger.logs) == ledger.leased_bytes
 
@@ -145,20 +149,28 @@ class Oracle:
             assert lease.first_row == len(share.ids)
             assert isinstance(lease.part.block, Ref)
             ids = lease.part.block.ids[lease.part.start : lease.part.stop]
-            assert self._leased.isdisjoint(ids), f"{ids} were leased before"
-            self._leased.update(ids)
+            if lease.part.padding:
+                share.padded += len(ids)
+            else:
+                assert not share.padded, "padding comes last"
+                assert self._leased.isdisjoint(ids), f"{ids} were leased before"
+                self._leased.update(ids)
             share.ids.extend(ids)
             share.seen += 1
 
     def _check_end(self, ledger: Ledger) -> None:
-        if not ledger.finished or ledger.router.unassigned_rows:
+        if not ledger.complete:
             return
         assert ledger.produced_rows == self.dataset.rows
         n = len(ledger.logs)
         rows = ledger.router.rows
-        if self.equal:
+        padded = ledger.router.padded_rows
+        if self.equal == "pad":
+            assert rows == [-(-self.dataset.rows // n)] * n
+            assert padded < n
+        elif self.equal:
             assert rows == [self.dataset.rows // n] * n
-        assert sum(rows) + ledger.router.truncated_rows == self.dataset.rows
+        assert sum(rows) + ledger.router.truncated_rows - padded == self.dataset.rows
         stayed = [split for split, log in enumerate(ledger.logs) if not log.left]
         for split in stayed:
             assert len(self.share(self._epoch, split).ids) == rows[split]

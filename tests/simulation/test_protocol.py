@@ -24,6 +24,7 @@ from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import KEPT, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Position, fingerprint
 from asyncsplit.core.progress import Progress
+from asyncsplit.core.routing import Equal
 from asyncsplit.core.state import position_from, state_of
 from asyncsplit.engine import Block, Bundle
 from asyncsplit.errors import (
@@ -252,7 +253,7 @@ class Reader:
         for part in map(Slice._make, reply.slices):
             assert isinstance(part.ref, Ref)
             ids = list(part.ref.ids[part.start : part.stop])
-            self.job.deliver_rows(self, self.edges[-1], ids)
+            self.job.deliver_rows(self, self.edges[-1], ids, padding=part.padding)
             self.edges.append(self.edges[-1] + len(ids))
             self.sizes.append(part.size_bytes)
             self.cursor += 1
@@ -274,6 +275,8 @@ class Share:
     """What a split got of an epoch."""
 
     ids: list[int] = field(default_factory=list)
+    padded: int = 0
+    """How many of them repeat others: the last."""
     finished: int = 0
     committed: int = 0
     """As the present coordinator says."""
@@ -283,7 +286,9 @@ class Share:
 class Job:
     """A coordinator, its consumers, what is on the wire between them, and what must hold."""
 
-    def __init__(self, n: int, mode: tuple[bool, str], sizes: tuple[int, ...], budget: int) -> None:
+    def __init__(
+        self, n: int, mode: tuple[Equal, str], sizes: tuple[int, ...], budget: int
+    ) -> None:
         self.n = n
         self.equal, self.routing = mode
         self.sizes = sizes
@@ -519,7 +524,7 @@ class Job:
         share = self.share(reader.started.epoch, reader.split)
         share.finished = max(share.finished, rows)
 
-    def deliver_rows(self, reader: Reader, first: int, ids: list[int]) -> None:
+    def deliver_rows(self, reader: Reader, first: int, ids: list[int], *, padding: bool) -> None:
         assert reader.started is not None
         epoch = reader.started.epoch
         share = self.share(epoch, reader.split)
@@ -530,9 +535,11 @@ class Job:
         assert known == ids[: len(known)], "what comes again is the same"
         taken = self.taken.setdefault((self.generation, epoch), {})
         for i in ids[len(known) :]:
-            assert i not in taken, f"row {i} goes to {reader.split}, and to {taken[i]}"
-            taken[i] = reader.split
             share.ids.append(i)
+            share.padded += padding
+            if not padding:
+                assert i not in taken, f"row {i} goes to {reader.split}, and to {taken[i]}"
+                taken[i] = reader.split
 
     def end(self, reader: Reader, rows: int) -> None:
         """Check an epoch that all have read to its end."""
@@ -549,6 +556,7 @@ class Job:
         missing = sum(self.sizes) - len(self.taken.get((self.generation, epoch), {}))
         if self.equal:
             assert len({len(s.ids) for s in shares}) == 1, "equal shares"
+        if self.equal is True:
             missing -= min(missing, self.may_drop.get((self.generation, epoch), self.n - 1))
         assert not missing, f"{missing} rows of epoch {epoch} are lost"
 
@@ -611,7 +619,7 @@ class Job:
                 assert log.committed_rows <= share.finished, "nobody has finished that"
             share.committed = log.committed_rows
             self.check_budget(split)
-        assert ledger.produced_rows == (
+        assert ledger.produced_rows + ledger.router.padded_rows == (
             leased + committed + ledger.truncated_rows + ledger.router.unassigned_rows
         ), "each row is unassigned, leased, committed or truncated"
 
@@ -659,11 +667,11 @@ class ProtocolMachine(RuleBasedStateMachine):
 
     @initialize(
         n=st.integers(1, 3),
-        mode=st.sampled_from([(False, "rows"), (True, "rows"), (False, "demand")]),
+        mode=st.sampled_from([(False, "rows"), (True, "rows"), ("pad", "rows"), (False, "demand")]),
         sizes=st.lists(st.integers(1, 6), min_size=1, max_size=8),
         budget=st.sampled_from((1, 60, 1000)),
     )
-    def start(self, n: int, mode: tuple[bool, str], sizes: list[int], budget: int) -> None:
+    def start(self, n: int, mode: tuple[Equal, str], sizes: list[int], budget: int) -> None:
         self.fakes = contextlib.ExitStack()
         self.fakes.enter_context(fakes_installed())
         self.job = Job(n, mode, tuple(sizes), budget)
@@ -878,7 +886,8 @@ class ProtocolMachine(RuleBasedStateMachine):
             job.may_drop[new] = job.may_drop.get(old, job.n - 1) + n - 1
         before = {i: -1 for i, split in job.taken.get(old, {}).items() if split == -1}
         for share, finished in zip(shares, rows, strict=True):
-            before |= dict.fromkeys(share.ids[:finished], -1)
+            own = len(share.ids) - share.padded
+            before |= dict.fromkeys(share.ids[: min(finished, own)], -1)
         job.taken[new] = before
         job.continued.add(new)
         for marked in (job.partial, job.loose):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from asyncsplit.core.ledger import FINISHED, Ledger, Position, SplitLog, fingerprint
-from asyncsplit.core.routing import Part, make_router
+from asyncsplit.core.routing import Equal, Part, make_router
 
 BUDGET = 400
 SHARES = (1.0, 0.6, 0.3, 0.0)
@@ -121,10 +121,10 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize(
         n=st.integers(1, 5),
-        mode=st.sampled_from([(False, "rows"), (True, "rows"), (False, "demand")]),
+        mode=st.sampled_from([(False, "rows"), (True, "rows"), ("pad", "rows"), (False, "demand")]),
         leavers=st.integers(0, 2),
     )
-    def start(self, n: int, mode: tuple[bool, str], leavers: int) -> None:
+    def start(self, n: int, mode: tuple[Equal, str], leavers: int) -> None:
         self.n = n
         self.leavers = leavers
         self.equal, self.routing = mode
@@ -143,7 +143,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.finished = [0] * self.n
         self.committed = [0] * self.n
         self.rewound: set[int] = set()
-        self.delivered: list[list[tuple[int, int]]] = [[] for _ in range(self.n)]
+        self.delivered: list[list[tuple[int, int, bool]]] = [[] for _ in range(self.n)]
         self.leases: list[list[Part]] = [[] for _ in range(self.n)]
         self.sent: list[tuple[int, int, int]] = []
 
@@ -193,7 +193,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert lease.part == self.leases[split][lease.seq], "what comes again is the same"
             block = cast("int", lease.part.block)
             rows = range(lease.part.start, lease.part.stop)
-            self.delivered[split].extend((block, row) for row in rows)
+            self.delivered[split].extend((block, row, lease.part.padding) for row in rows)
 
     @precondition(lambda self: self.unfinished())
     @rule(which=st.integers(0, 4), share=st.sampled_from(SHARES), fed=st.sampled_from(SHARES))
@@ -291,7 +291,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def every_row_is_in_one_place(self) -> None:
         ledger = self.ledger
         logs = ledger.logs
-        assert ledger.produced_rows == (
+        assert ledger.produced_rows + ledger.router.padded_rows == (
             ledger.router.unassigned_rows
             + sum(log.leased_rows + log.committed_rows for log in logs)
             + ledger.truncated_rows
@@ -315,13 +315,22 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_row_goes_to_two_splits(self) -> None:
-        seen = [row for rows in self.delivered for row in rows]
+        seen = [row for rows in self.delivered for row in rows if not row[-1]]
         assert len(seen) == len(set(seen))
 
     @invariant()
     def equal_ends_are_equal(self) -> None:
         if self.equal and self.ledger.complete:
             assert len({log.assigned_rows for log in self.ledger.logs}) == 1
+
+    @invariant()
+    def padded_ends_have_every_row(self) -> None:
+        ledger = self.ledger
+        padded = ledger.router.padded_rows
+        assert padded < self.n
+        if self.equal == "pad" and ledger.complete:
+            rows = ledger.produced_rows + padded
+            assert all(log.assigned_rows * self.n == rows for log in ledger.logs)
 
     @invariant()
     def somebody_can_always_go_on(self) -> None:
@@ -336,9 +345,13 @@ class LedgerMachine(RuleBasedStateMachine):
 TestLedger = pytest.mark.no_cover(LedgerMachine.TestCase)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 1000), st.booleans())
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=20),
+    st.integers(1, 1000),
+    st.sampled_from((False, True, "pad")),
+)
 def test_waiting_bytes_stay_within_budget_and_a_block(
-    sizes: list[int], budget: int, equal: bool
+    sizes: list[int], budget: int, equal: Equal
 ) -> None:
     ledger = Ledger(3, make_router(3, equal=equal, routing="rows"), budget)
     for rows in sizes:

@@ -1,5 +1,8 @@
 """Which split gets what, for the three ways of routing."""
 
+import gc
+import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 import pytest
@@ -9,11 +12,14 @@ from hypothesis import strategies as st
 from asyncsplit.core.routing import (
     Assignment,
     DemandRouter,
+    Equal,
     EqualRouter,
     Part,
     RowsRouter,
     make_router,
 )
+
+ways_to_share = st.sampled_from((False, True, "pad"))
 
 
 def parts(sizes: Sequence[int], nodes: Sequence[str | None] = ()) -> list[Part]:
@@ -22,6 +28,10 @@ def parts(sizes: Sequence[int], nodes: Sequence[str | None] = ()) -> list[Part]:
         Part(i, 0, rows, rows * 8, node)
         for i, (rows, node) in enumerate(zip(sizes, nodes, strict=True))
     ]
+
+
+class Block:
+    """Something of which one can tell whether it is still kept."""
 
 
 def route_all(router: RowsRouter, sizes: Sequence[int], hungry: set[int]) -> list[Assignment]:
@@ -77,14 +87,69 @@ def test_every_row_goes_to_one_split_or_is_truncated(n: int, sizes: list[int], e
         assert max(router.rows) - min(router.rows) <= max(sizes, default=0)
 
 
+def test_three_rows_over_eight_splits_padded() -> None:
+    router = make_router(8, equal="pad", routing="rows")
+    out = route_all(router, [2, 1], set())
+    given = {split: (part.block, part.start, part.padding) for split, part in out}
+    assert [given[split][:2] for split in range(8)] == [
+        *((0, 0), (0, 1), (1, 0)),
+        *((0, 0), (0, 1), (1, 0), (0, 0), (0, 1)),
+    ], "those there are, over and over"
+    assert [given[split][2] for split in range(8)] == [False] * 3 + [True] * 5
+    assert router.padded_rows == 5
+
+
+@given(n=st.integers(1, 9), sizes=st.lists(st.integers(1, 50), max_size=40))
+def test_padded_shares_are_equal_and_have_every_row(n: int, sizes: list[int]) -> None:
+    router = make_router(n, equal="pad", routing="rows")
+    out = route_all(router, sizes, set())
+    rows: dict[bool, list[tuple[object, int]]] = {False: [], True: []}
+    for _, part in out:
+        rows[part.padding] += [(part.block, row) for row in range(part.start, part.stop)]
+    every = [(block, row) for block, size in enumerate(sizes) for row in range(size)]
+    assert sorted(rows[False], key=repr) == sorted(every, key=repr), "each row once"
+    share = -(-len(every) // n)
+    assert rows_of(out, n) == router.rows == [share] * n
+    assert len(rows[True]) == router.padded_rows == n * share - len(every) < n
+    again = Counter(rows[True])
+    assert again.keys() == set(every[len(every) - router.padded_rows :] if every else ()) or (
+        again.keys() == set(every) and max(again.values()) - min(again.values()) <= 1
+    ), "the last ones once more; if there are not enough of them, all, as evenly as possible"
+    for split in range(n):
+        padding = [part.padding for s, part in out if s == split]
+        assert padding == sorted(padding), "at the end of each share"
+    assert router.complete
+    assert not any(router.may_get_more(split) for split in range(n))
+    assert router.truncated_rows == router.unassigned_rows == router.unassigned_bytes == 0
+    assert route_all(make_router(n, equal="pad", routing="rows"), sizes, set()) == out
+
+
+def test_no_more_blocks_are_kept_for_padding_than_it_may_need() -> None:
+    kept = [Block() for _ in range(6)]
+    refs = [weakref.ref(block) for block in kept]
+    router = make_router(3, equal="pad", routing="rows")
+    for rows in (9, 9, 9, 9, 1, 9):
+        router.add(Part(kept.pop(0), 0, rows, 8 * rows))
+        list(router.assign(()))
+    router.finish()
+    given_out = router.assign(())
+    while not next(given_out).part.padding:
+        pass
+    gc.collect()
+    assert [ref() is not None for ref in refs] == [False] * 5 + [True]
+    list(given_out)
+    gc.collect()
+    assert not any(ref() for ref in refs)
+
+
 @given(
     n=st.integers(1, 6),
     sizes=st.lists(st.integers(1, 50), max_size=30),
-    equal=st.booleans(),
+    equal=ways_to_share,
     hungry=st.lists(st.sets(st.integers(0, 5)), min_size=31, max_size=31),
 )
 def test_shares_by_rows_do_not_depend_on_timing(
-    n: int, sizes: list[int], equal: bool, hungry: list[set[int]]
+    n: int, sizes: list[int], equal: Equal, hungry: list[set[int]]
 ) -> None:
     steady = route_all(make_router(n, equal=equal, routing="rows"), sizes, set())
     router = make_router(n, equal=equal, routing="rows")

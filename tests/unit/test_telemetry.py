@@ -143,6 +143,7 @@ def test_counts_arrive_under_their_names() -> None:
     state.guard_rejections["schema"] = 6
     state.guard_lock_s = 0.25
     state.truncated_rows["equal"] = 7
+    state.padded_rows = 9
     state.conflicts = 8
     values = {
         (name, *(value for label, value in sorted(labels) if label != "dataset")): value
@@ -171,6 +172,7 @@ def test_counts_arrive_under_their_names() -> None:
         ("asyncsplit_guard_rejections_total", "schema"): 6,
         ("asyncsplit_guard_lock_seconds_total",): 0.25,
         ("asyncsplit_truncated_rows_total", "equal"): 7,
+        ("asyncsplit_padded_rows_total",): 9,
         ("asyncsplit_consumer_conflicts_total",): 8,
         ("asyncsplit_iterator_size_bytes",): 700,
         ("asyncsplit_iterator_serialized_bytes_total",): 700,

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from asyncsplit.core.epochs import Epochs, Stream
 from asyncsplit.core.ledger import Ledger
 from asyncsplit.core.liveness import Liveness
-from asyncsplit.core.routing import Part, make_router
+from asyncsplit.core.routing import Equal, Part, make_router
 from asyncsplit.distribution import Distribution
 from asyncsplit.telemetry.catalog import (
     CATALOG,
@@ -42,7 +42,7 @@ LONG = 1000.0
 class Job:
     """The decisions of a coordinator without Ray, and the state that tells of them."""
 
-    def __init__(self, n: int, *, equal: bool = False) -> None:
+    def __init__(self, n: int, *, equal: Equal = False) -> None:
         ledger = Ledger(n, make_router(n, equal=equal, routing="rows"), 1000)
         self.ledger = ledger
         self.distribution = Distribution(ledger, cast("Any", None), lambda _: None)
@@ -199,6 +199,18 @@ def test_truncated_rows_have_their_reason(equal: bool) -> None:
     job.state.epoch_ended("stopped")
     assert job.state.truncated_rows == {"equal": int(equal), "left_early": left}
     assert left > 0
+
+
+def test_padded_rows_are_counted_when_their_epoch_ends() -> None:
+    job = Job(3, equal="pad")
+    job.arrive(0, 1, 2)
+    job.run()
+    job.ledger.produce([part(4)])
+    job.ledger.finish()
+    job.ledger.route()
+    job.state.epoch_ended("completed")
+    assert job.value("asyncsplit_padded_rows_total") == 2
+    assert job.state.truncated_rows == {"equal": 0, "left_early": 0}
 
 
 def delivery(cursor: int, *rows: int, skip: int = 0) -> Delivery:
