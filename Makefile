@@ -1,6 +1,6 @@
-OLDEST_RAY := 2.56.0
 VENV := .venv
-VENV_OLDEST := .venv-oldest
+VENV_LOWEST := .venv-lowest
+VENV_WHEEL := .venv-wheel
 
 # python3.11, or else any python3 that is new enough.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -14,7 +14,7 @@ PARALLEL := --numprocesses=2 --dist=worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-observed test test-unit test-oldest-ray check format bench bench-quick simulate \
+.PHONY: help venv demo demo-observed test test-unit test-lowest dist check format bench bench-quick simulate \
 	chaos soak clean
 
 help: ## List the targets
@@ -34,8 +34,16 @@ test: venv ## Run every test, with coverage
 test-unit: venv ## Run the tests that need no Ray cluster
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
-test-oldest-ray: $(VENV_OLDEST)/.installed ## Run the integration tests on the oldest supported Ray
-	$(VENV_OLDEST)/bin/python -m pytest tests/integration $(PARALLEL) $(ARGS)
+test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest supported versions, of Ray too
+	$(VENV_LOWEST)/bin/python -m pytest tests/unit tests/integration $(PARALLEL) $(ARGS)
+
+dist: venv ## Build wheel and sdist, and try the wheel in an environment of its own
+	rm -rf dist $(VENV_WHEEL)
+	$(BIN)/python -m build --outdir dist
+	"$(PYTHON)" -m venv $(VENV_WHEEL)
+	$(VENV_WHEEL)/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	$(VENV_WHEEL)/bin/python -m pip check
+	cd dist && ../$(VENV_WHEEL)/bin/python -m asyncsplit --version
 
 check: venv ## Lint, check the format and the types
 	$(BIN)/ruff check
@@ -63,16 +71,20 @@ soak: venv ## Run 1000 epochs of a real job and see what grows: 15 minutes
 	$(BIN)/python -m tests.soak --epochs 1000 $(ARGS)
 
 clean: ## Remove everything that was generated, the virtual environments too
-	rm -rf $(VENV) $(VENV_OLDEST) build dist .coverage* .hypothesis .*_cache
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_WHEEL) $(VENV_LOWEST).txt build dist .coverage* .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: PACKAGES = --editable '.[dev,demo,bench]'
-$(VENV_OLDEST)/.installed: PACKAGES = --editable '.[dev]' 'ray[data]==$(OLDEST_RAY)'
-# OLDEST_RAY is set in this file, so a change here is a change of that environment.
-$(VENV_OLDEST)/.installed: Makefile
-$(VENV)/.installed $(VENV_OLDEST)/.installed: pyproject.toml
+$(VENV_LOWEST)/.installed: PACKAGES = --editable '.[dev]' --constraint $(VENV_LOWEST).txt
+$(VENV_LOWEST)/.installed: $(VENV_LOWEST).txt
+$(VENV)/.installed $(VENV_LOWEST)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { \
 		echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGES)
 	@touch $@
+
+# What is declared is at its lowest version, what only Ray and others need at its highest.
+$(VENV_LOWEST).txt: $(VENV)/.installed
+	$(BIN)/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python \
+		--extra jax --extra otel --extra top --output-file $@ pyproject.toml

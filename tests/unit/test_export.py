@@ -7,7 +7,7 @@ import pytest
 from asyncsplit import cli
 from asyncsplit.telemetry.discovery import default_directory
 
-FILES = Path(__file__).parents[2] / "dashboards" / "files"
+FILES = Path(__file__).parents[2] / "asyncsplit" / "dashboards"
 
 
 def written(folder: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ import queue
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +19,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, Metric
+from asyncsplit.telemetry.otel import Export
 from asyncsplit.telemetry.outlets import Outlets
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 
@@ -196,11 +196,21 @@ def test_a_receiver_that_is_not_there_is_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("asyncsplit.telemetry.otel.EXPORT_TIMEOUT_S", 0.1)
+    pushed = threading.Semaphore(0)
+    push = Export.push
+
+    def counted(self: Export) -> None:
+        try:
+            push(self)
+        finally:
+            pushed.release()
+
+    monkeypatch.setattr(Export, "push", counted)
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1/metrics"
     with outlets(busy(), otlp_endpoint=url, push_interval_s=0.01):
-        while sum("Failed to export" in record.message for record in caplog.records) < 3:
-            time.sleep(0.01)
+        for _ in range(3):
+            pushed.acquire()
     (warning,) = warnings_of(caplog)
     assert url in warning
     assert "everything else works" in warning

@@ -13,8 +13,8 @@ from asyncsplit import __version__
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = {
-    f"asyncsplit/dashboards/{file.relative_to(ROOT / 'dashboards/files').as_posix()}"
-    for file in (ROOT / "dashboards/files").rglob("*")
+    f"asyncsplit/dashboards/{file.relative_to(ROOT / 'asyncsplit/dashboards').as_posix()}"
+    for file in (ROOT / "asyncsplit/dashboards").rglob("*")
     if file.is_file()
 }
 TELEMETRY = {
@@ -72,7 +72,18 @@ def test_sdist_holds_telemetry_once_as_files(release: Path) -> None:
         "LICENSE",
     }
     assert all(members[name].isreg() for name in TELEMETRY | DASHBOARDS)
-    assert not [name for name in members if name.startswith(("telemetry", "dashboards"))]
+    again = ("telemetry/", "dashboards/files/")
+    assert not [name for name in members if name.startswith(again)]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a checkout knows its files")
+def test_sdist_holds_what_its_tests_need(release: Path) -> None:
+    listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines()
+    links = ("asyncsplit/telemetry", "asyncsplit/dashboards")
+    copies = ("telemetry/", "dashboards/files/")
+    with tarfile.open(next(release.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {name for name in listed if not name.startswith((*links, *copies))} <= names
 
 
 def test_wheel_from_sdist_equals_wheel_from_checkout(wheel: Path, release: Path) -> None:
@@ -112,6 +123,17 @@ def test_users_own_telemetry_module_and_ours_live_side_by_side(
     ]
 
 
+def test_what_the_wheel_needs_is_what_is_installed(installed: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pip", "check"],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def test_dashboards_are_exported_where_only_the_wheel_is_installed(
     installed: Path, tmp_path: Path
 ) -> None:
@@ -126,9 +148,12 @@ def test_dashboards_are_exported_where_only_the_wheel_is_installed(
     )
 
 
-def test_frameworks_are_not_imported_before_they_are_used() -> None:
-    frameworks = "{'jax', 'tensorflow', 'torch', 'ray.train'}"
-    print_those_loaded = f"import sys, asyncsplit; print(*{frameworks} & set(sys.modules))"
+def test_what_takes_long_to_import_waits_until_it_is_used() -> None:
+    heavy = (
+        *("jax", "tensorflow", "torch", "ray.train"),
+        *("matplotlib", "opentelemetry.sdk", "opentelemetry.exporter", "rich"),
+    )
+    print_those_loaded = f"import sys, asyncsplit; print(*{{*{heavy}}} & set(sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", print_those_loaded], check=True, capture_output=True, text=True
     )
