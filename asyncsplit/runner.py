@@ -15,7 +15,7 @@ from ray import ObjectRef
 
 from asyncsplit import engine
 from asyncsplit.core.budget import prefetch_budget
-from asyncsplit.core.epochs import Epochs, Phase, Stream
+from asyncsplit.core.epochs import AHEAD_AFTER_S, Epochs, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, lost_error
 from asyncsplit.core.replay import Replay, read_before
@@ -209,7 +209,8 @@ class EpochRunner:
             if not self._openings[split].done():
                 self._openings[split].set_result(self._started[split])
         if distribution.ledger.finished:
-            self._start_next()
+            later = asyncio.get_running_loop().call_later
+            later(AHEAD_AFTER_S, self._distribution_ended, distribution)
         self._end_if_all_left()
 
     def _start_at(self, rows: int, shuffle: ShuffleKey | None) -> Started:
@@ -373,6 +374,7 @@ class EpochRunner:
             self._stopping = self._spawn(self._guard.stop(join, self._drop_next()))
         elif self._next is None:
             self._spawn(self._guard.stop(join))
+            self._start_next()
         self._open_if_ready()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
