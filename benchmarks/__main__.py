@@ -1,4 +1,4 @@
-"""Run workloads, write ``results.json`` and draw ``results.png``."""
+"""Run workloads, write ``results.json``, draw ``results.png`` and put the tables into the docs."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ import ray.data
 
 from benchmarks.chart import draw
 from benchmarks.harness import Bench, conditions
+from benchmarks.table import write
 from benchmarks.workloads import ALL
 
 HERE = Path(__file__).parent
@@ -64,7 +65,9 @@ def main() -> None:
             _report(name, results[name])
     finally:
         ray.shutdown()
-    draw(results, folder / "results.png")
+        draw(results, folder / "results.png")
+    if folder == HERE:
+        write(results)
 
 
 def _report(name: str, result: dict[str, Any]) -> None:
