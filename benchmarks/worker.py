@@ -19,6 +19,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 
+from asyncsplit.feed import GROUP_SLICES
+from asyncsplit.formats import Slab
+
 Drive = Literal["async for", "for", "as_data_iterator"]
 
 _END = object()
@@ -148,6 +151,25 @@ class Worker:
 
         return _measured(run)
 
+    def fetch_alone(self, refs: Sequence[Any], start_at: float) -> Report:
+        """Get blocks that are here and convert them to numpy: what any consumer has to do."""
+
+        def run() -> list[list[Loop]]:
+            _sleep_until(start_at)
+            start, first, rows, blocks = perf_counter(), 0.0, 0, 0
+            for begin in range(0, len(refs), GROUP_SLICES):
+                for block in ray.get(refs[begin : begin + GROUP_SLICES]):
+                    rows += len(Slab(block, "numpy").batch(0, len(block))["c0"])
+                    blocks += 1
+                    first = first or perf_counter()
+            return [[Loop(start, first, perf_counter(), blocks, rows)]]
+
+        return _measured(run)
+
+    def call(self, it: Any, times: int) -> list[float]:
+        """Ask a coordinator something again and again; return seconds for each answer."""
+        return asyncio.run(_call(it, times))
+
     def tick(self, how: str, it: Any, kwargs: dict[str, Any], epochs: int, every_s: float) -> Ticks:
         """Run a ticker beside the loop in one event loop, and say how late it was each time."""
         return asyncio.run(_tick(how, it, kwargs, epochs, every_s))
@@ -238,6 +260,15 @@ def _measured(run: Callable[[], list[list[Loop]]]) -> Report:
     cpu = time.process_time() - cpu
     resident = int(Path("/proc/self/statm").read_text().split()[1])
     return Report([loop for each in loops for loop in each], cpu, resident * _PAGE_KIB / 1024)
+
+
+async def _call(it: Any, times: int) -> list[float]:
+    took = []
+    for _ in range(times):
+        began = perf_counter()
+        await it.dataset_tag()
+        took.append(perf_counter() - began)
+    return took
 
 
 async def _tick(how: str, it: Any, kwargs: dict[str, Any], epochs: int, every_s: float) -> Ticks:

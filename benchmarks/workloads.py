@@ -41,6 +41,7 @@ from benchmarks.worker import Job, Ticks, percentiles, views
 AHEAD = "asyncsplit, epochs known"
 BY_HAND = "by hand"
 EXECUTOR = "executor alone"
+FETCHED = "ray.get and conversion alone"
 
 
 def batches(bench: Bench) -> list[Figure]:
@@ -127,7 +128,7 @@ def blocks(bench: Bench) -> list[Figure]:
         ds,
         1,
         {"batch_size": None, "batch_format": "numpy"},
-        others={EXECUTOR: _executor_alone(bench, ds)},
+        others={EXECUTOR: _executor_alone(bench, ds), FETCHED: _fetch_alone(bench, ds)},
     )
     return [
         Figure(
@@ -136,7 +137,11 @@ def blocks(bench: Bench) -> list[Figure]:
             "ms",
             "same work",
             values(rounds, lambda turn: turn.epoch_ms),
-            [Target(RAY, OURS, at_least=10), Target(OURS, EXECUTOR, at_most=1.5)],
+            [
+                Target(RAY, OURS, at_least=10),
+                Target(OURS, EXECUTOR, at_most=1.5),
+                Target(OURS, FETCHED),
+            ],
             details={"cost": cost(rounds)},
         )
     ]
@@ -164,16 +169,25 @@ def _turnaround(bench: Bench, n: int) -> Figure:
         turns_each,
         rows=len(starts[0]) * 4 * n * 256,
     )
-    close(splits)
-    close({OURS: splits[AHEAD]})
     raw = {
         side: [wait for turn in turns for wait in _waits(turn, epochs)]
         for side, turns in rounds.items()
     }
+    alone = bench.take_turns({EXECUTOR: _executor_alone(bench, ds)}, 1 + epochs)
+    raw[EXECUTOR] = [
+        1e3 * (loop.first - loop.start) for turn in alone[EXECUTOR][1:] for loop in turn.loops
+    ]
+    (worker,) = bench.workers(1)
+    calls = ray.get(worker.call.remote(splits[OURS][0], bench.pick(200, 50)))
+    raw["one call"] = [1e3 * took_s for took_s in calls]
+    close(splits)
+    close({OURS: splits[AHEAD]})
     return Figure(
         f"turnaround-{n}",
         f"{n} consumers, {4 * n} blocks, arriving at the same random times within 0.2 s: from the"
-        " last arrival until all consumers have their first batch; epochs after the first",
+        " last arrival until all consumers have their first batch; epochs after the first. Beside"
+        " it: Ray Data's executor alone, from its start to its first block; one call of the"
+        " coordinator by one consumer, while nobody reads",
         "ms",
         "same work",
         raw,
@@ -252,6 +266,7 @@ def wide(bench: Bench) -> list[Figure]:
         ds,
         1,
         {"batch_size": None, "batch_format": "numpy"},
+        others={FETCHED: _fetch_alone(bench, ds)},
         rounds=bench.pick(5, 3),
     )
     return [
@@ -262,7 +277,7 @@ def wide(bench: Bench) -> list[Figure]:
             "ms",
             "same work",
             values(rounds, lambda turn: turn.epoch_ms),
-            [Target(RAY, OURS, at_least=5)],
+            [Target(RAY, OURS, at_least=5), Target(OURS, FETCHED)],
             details={"cost": cost(rounds)},
         )
     ]
@@ -494,6 +509,17 @@ def _by_hand(bench: Bench, ds: Dataset, n: int, size: int) -> Callable[[], Round
 
 def _refs(ds: Dataset) -> list[Any]:
     return [entry.ref for bundle in ds.iter_internal_ref_bundles() for entry in bundle.blocks]
+
+
+def _fetch_alone(bench: Bench, ds: Dataset) -> Callable[[], Round]:
+    (worker,) = bench.workers(1)
+    refs = _refs(ds)
+
+    def run() -> Round:
+        return Round([ray.get(worker.fetch_alone.remote(refs, perf_counter() + ARRIVE_S))])
+
+    run()  # who asks for the first time asks the blocks' owner where they are
+    return run
 
 
 def _executor_alone(bench: Bench, ds: Dataset) -> Callable[[], Round]:
