@@ -21,6 +21,7 @@ from asyncsplit.core.progress import Progress
 from asyncsplit.core.routing import Equal
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.guard import DuringExecution, Guard
+from asyncsplit.journal import Journal
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import unpack
 from asyncsplit.runner import EpochRunner
@@ -53,6 +54,7 @@ class SplitCoordinator:
         # Ray Data ignores locality where order must be kept; so do we, or the same blocks would
         # not be routed the same way twice.
         keeps_order = dataset.context.execution_options.preserve_order
+        self._journal = Journal(engine.actor_file(), n)
         self._runner = EpochRunner(
             n,
             equal=equal,
@@ -61,6 +63,7 @@ class SplitCoordinator:
             options=options,
             guard=self._guard,
             state=self._state,
+            journal=self._journal,
         )
         self._outlets = Outlets(self._state, options.telemetry)
         self._kept: Sequence[ObjectRef[Any]] = ()
@@ -75,6 +78,7 @@ class SplitCoordinator:
         self._guard.close()
         for join in joins:
             join()
+        self._journal.remove()
         self._outlets.close()
 
     async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
@@ -174,14 +178,17 @@ class SplitCoordinator:
 
     @replies
     async def notify_split_finished(
-        self, split: int, stream: Stream, progress: Progress, counters: ConsumerCounters
+        self, split: int, stream: Stream, progress: Progress | None, counters: ConsumerCounters
     ) -> None:
-        """Note that a stream is closed: it ended, was broken off, or never got its epoch."""
+        """Note that a stream is closed: it ended or was broken off.
+
+        Without ``progress`` it never knew that its epoch had begun.
+        """
         stream = Stream(*stream)
         self._state.update(split, stream.consumer, counters)
-        if self._runner.reads(split, stream):
-            self._runner.distribution.acknowledge(split, Progress(*progress))
-        self._runner.leave(split, stream)
+        if progress is not None and self._runner.reads(split, stream):
+            self._runner.acknowledge(split, Progress(*progress))
+        self._runner.leave(split, stream, began=progress is not None)
         # Who leaves early, and last, goes on when nothing is produced any more.
         await self._runner.stopped()
 
@@ -246,4 +253,4 @@ class SplitCoordinator:
         self._runner.check(split, epoch, stream)
         self._runner.hear(split)
         self._state.update(split, stream.consumer, counters)
-        self._runner.distribution.acknowledge(split, Progress(*progress))
+        self._runner.acknowledge(split, Progress(*progress))

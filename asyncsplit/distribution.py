@@ -116,6 +116,10 @@ class Distribution:
         self.ledger.acknowledge(split, progress.rows, fed=progress.fed, low=progress.low)
         self._settle()
 
+    def is_through(self, split: int) -> bool:
+        """Tell whether all of a split is committed, and nothing more comes."""
+        return self.ledger.exhausted(split) and not self.ledger.logs[split].leased_rows
+
     def take_over(self, split: int, shuffle: ShuffleKey | None) -> SplitLog:
         """Let a new consumer begin where a split's dead one had come to."""
         self.ledger.rewind(split, shuffle)

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import ray
@@ -35,6 +36,15 @@ def check_ray_version() -> None:
             f"asyncsplit needs ray{SUPPORTED_RAY} and found {ray.__version__}: it stands on private"
             " API, which changes between Ray's minor releases. Install a Ray in that range."
         )
+
+
+def actor_file() -> Path:
+    """Return where an actor may keep a file: beside Ray's logs, the same after a restart."""
+    from ray._private.worker import global_worker
+
+    assert global_worker.node is not None
+    name = f"asyncsplit-{ray.get_runtime_context().get_actor_id()}"
+    return Path(global_worker.node.get_session_dir_path(), name)
 
 
 class Block(NamedTuple):

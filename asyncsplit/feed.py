@@ -131,7 +131,7 @@ class Feed:
             "notify_split_finished",
             self._consumer.split,
             self._stream,
-            self._progress(finished_rows),
+            None if self.started is None else self._progress(finished_rows),
             counters,
         )
 
@@ -177,12 +177,7 @@ class Feed:
         if self._cursor is None:
             self.started = started._replace(delivery=None)
             self.times.started_at = perf_counter()
-            self._reading.start(
-                started.epoch,
-                started.rows,
-                shuffled=started.shuffle is not None,
-                earlier=started.earlier,
-            )
+            self._reading.start(started.position)
             if started.delivery is not None:
                 self._take(Delivery(*started.delivery))
         self._starting = None
@@ -216,8 +211,9 @@ class Feed:
             assert self.started is not None
             first_rows = reply.slices[0].stop - reply.slices[0].start if reply.slices else 0
             self._reading.deliver(reply.cursor, reply.skip_rows, reply.check, first_rows)
-            if self.started.shuffle is not None:
-                self._pipeline.resume(reply.skipped, self.started.rows, self.started.shuffle.seed)
+            began = self.started.position
+            if began.shuffle is not None:
+                self._pipeline.resume(reply.skipped, began.rows, began.shuffle.seed)
         self._backlog.extend(_Pending(Slice(*part)) for part in reply.slices)
         self._backlog_bytes += sum(part.size_bytes for part in reply.slices)
         self._cursor = reply.cursor + len(reply.slices)

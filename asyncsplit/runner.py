@@ -15,15 +15,17 @@ from ray import ObjectRef
 
 from asyncsplit import engine
 from asyncsplit.core.budget import prefetch_budget
-from asyncsplit.core.epochs import AHEAD_AFTER_S, Epochs, Phase, Stream
+from asyncsplit.core.epochs import AHEAD_AFTER_S, Epochs, Noted, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, lost_error
+from asyncsplit.core.progress import Progress
 from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import Equal, make_router
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.distribution import Distribution
 from asyncsplit.errors import ConsumerConflictError, StaleEpochError, StreamClosedError
 from asyncsplit.guard import Guard
+from asyncsplit.journal import Journal
 from asyncsplit.lifeline import Lifelines
 from asyncsplit.options import SplitOptions
 from asyncsplit.telemetry.state import CoordinatorState
@@ -57,6 +59,7 @@ class EpochRunner:
         options: SplitOptions,
         guard: Guard,
         state: CoordinatorState,
+        journal: Journal,
     ) -> None:
         """Set up; nothing runs until all splits have arrived."""
         self._n = n
@@ -69,7 +72,11 @@ class EpochRunner:
         self._prefetch_bytes = 1 if options.routing == "demand" else self._budget
         self._guard = guard
         self._state = state
+        self._journal = journal
         self.epochs = Epochs(n)
+        if (noted := journal.read()) is not None:
+            self.epochs.recover(noted)
+        self._noted = self.epochs.noted
         self.distribution = self._new_distribution()
         """The blocks of the epoch under way."""
         self._failed: tuple[int, Failure, Collection[Stream]] | None = None
@@ -111,7 +118,9 @@ class EpochRunner:
             raise self._failed[1].unpack()
         # After the wait: calls that have waited for the same verdict go on one after the other.
         if (earlier := self.epochs.superseded_by(split, stream)) is not None:
-            self.leave(split, earlier)
+            # It has told its consumer of the epoch, or it has not: that shows where it now stands.
+            knew = position is not None and position.epoch > self.epochs.epoch
+            self.leave(split, earlier, began=knew)
         try:
             takes_over = self.epochs.arrive(split, stream, position)
         except ConsumerConflictError:
@@ -127,8 +136,9 @@ class EpochRunner:
         if self.reads(split, stream):
             if takes_over:
                 self._state.replace(split)
-                log = self.distribution.take_over(split, shuffle)
-                self._started[split] = self._start_at(log.begin_row, log.shuffle)
+                self.distribution.take_over(split, shuffle)
+                self._started[split] = Started(self._position(split), self._prefetch_bytes)
+                self._journal.take_over(split, stream, self._position(split))
             return self._started[split]
         if takes_over:
             self.distribution.ledger.logs[split].forget_begun()
@@ -167,8 +177,12 @@ class EpochRunner:
         return [self.distribution, *([self._next.distribution] if self._next else ())]
 
     def _open_if_ready(self) -> None:
+        if self.epochs.noted is not self._noted:
+            self._noted = self.epochs.noted
+            self._journal.begin(self._noted or Noted(self.epochs.epoch, {}, {}))
         if self.epochs.ready and not self._shut:
             resume = self.epochs.open()
+            self._noted = None
             self._state.epoch_opened()
             self._spawn(self._run_epoch(self.epochs.epoch, resume))
 
@@ -176,6 +190,10 @@ class EpochRunner:
         """Start the executor for an epoch whose barrier has opened, and let everybody in."""
         openings = {split: self._openings[split] for split in self.epochs.active}
         prepared, self._next = self._next, None
+        resume = {
+            split: position if position.saved else position.under(self._shuffles.get(split))
+            for split, position in resume.items()
+        }
         distribution = prepared.distribution if prepared else self._new_distribution(resume)
         self.distribution = distribution
         try:
@@ -200,10 +218,16 @@ class EpochRunner:
         for split in set(range(self._n)) - {*self.epochs.active, *finished}:
             distribution.ledger.leave(split)  # closed while the executor was starting
         for split in openings:
-            position = resume.get(split, Position(epoch))
-            if not position.rows:
+            if split not in resume or not resume[split].rows:
                 distribution.ledger.logs[split].shuffle = self._shuffles[split]
-            self._started[split] = self._start_at(position.rows, position.shuffle)
+            self._started[split] = Started(self._position(split), self._prefetch_bytes)
+        self._journal.begin(
+            Noted(
+                epoch,
+                dict(self.epochs.active),
+                {split: self._position(split) for split in self.epochs.active},
+            )
+        )
         for split in self.epochs.active:
             # Not as they were before the start: who replaced a dead one may have its own.
             if not self._openings[split].done():
@@ -213,8 +237,9 @@ class EpochRunner:
             later(AHEAD_AFTER_S, self._distribution_ended, distribution)
         self._end_if_all_left()
 
-    def _start_at(self, rows: int, shuffle: ShuffleKey | None) -> Started:
-        return Started(self.epochs.epoch, self._prefetch_bytes, rows, shuffle, self._earlier)
+    def _position(self, split: int) -> Position:
+        position = self.distribution.ledger.logs[split].position
+        return position._replace(epoch=self.epochs.epoch, earlier=self._earlier)
 
     async def _start(self, distribution: Distribution, epoch: int) -> None:
         """Start the executor for an epoch; what keeps it from starting is noted as its error."""
@@ -332,19 +357,38 @@ class EpochRunner:
             _reject(self._openings[split], error)
         self._fail(error)
 
-    def leave(self, split: int, stream: Stream) -> None:
-        """Let a stream go, and end the epoch when it was the last."""
+    def acknowledge(self, split: int, progress: Progress) -> None:
+        """Commit what the stream that reads a split has finished with."""
+        self.distribution.acknowledge(split, progress)
+        if self.epochs.phase is Phase.RUNNING:
+            self._journal.commit(split, self._position(split))
+
+    def leave(self, split: int, stream: Stream, *, began: bool) -> None:
+        """Let a stream go, and end the epoch when it was the last.
+
+        ``began`` says whether it knows that its epoch has begun. If it does not, its place in that
+        is kept; and so is that of one thought dead, which has lost it to whoever replaces it.
+        """
+        if stream.consumer in self.epochs.dead and not self.distribution.is_through(split):
+            began = False
         self.lifelines.release(stream)
         opening = self._openings.get(split)
         waited = self.epochs.arrived.get(split) == stream
+        if not began and self.epochs.vacate(split, stream):
+            self._liveness.mourn(split, self.tick(), "left as the epoch began,")
+            if opening is not None:
+                _reject(opening, _left())
+            return
         running = self.epochs.leave(split, stream)
         if waited or running:
             self._liveness.forget(split)
         if (waited or running) and opening is not None:
-            _reject(opening, StreamClosedError("the stream was closed before its epoch began"))
+            _reject(opening, _left())
         if running and self.epochs.phase is Phase.RUNNING:
+            self._journal.leave(split)
             self.distribution.leave(split)
             self._end_if_all_left()
+        self._open_if_ready()
 
     def _end_if_all_left(self) -> None:
         if self.epochs.phase is Phase.RUNNING and not self.epochs.active:
@@ -367,6 +411,7 @@ class EpochRunner:
             self.lifelines.release(stream)
             self._liveness.forget(split)
         self.epochs.over()
+        self._journal.begin(Noted(self.epochs.epoch, {}, {}))
         join = self.distribution.stop()
         self.distribution = self._new_distribution()
         self._stopping = None
@@ -395,6 +440,10 @@ def _reject(opening: "asyncio.Future[Started]", error: BaseException) -> None:
     if not opening.done():
         opening.set_exception(error)
         opening.exception()  # the consumer may have left: that nobody looks is no news
+
+
+def _left() -> StreamClosedError:
+    return StreamClosedError("the stream was closed before its epoch began")
 
 
 def _shut_down() -> StreamClosedError:

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ray import ObjectRef
 
-from asyncsplit.core.ledger import Past
-from asyncsplit.core.shuffle import ShuffleKey
+from asyncsplit.core.ledger import Position
 from asyncsplit.engine import pack_error, unpack_error
 
 P = ParamSpec("P")
@@ -47,17 +46,17 @@ class Delivery(NamedTuple):
 class Started(NamedTuple):
     """The barrier has opened: read the split's log."""
 
-    epoch: int
+    position: Position
+    """Where to begin: what was finished with before this stream."""
     prefetch_bytes: int
     """How many bytes to keep ahead."""
-    rows: int = 0
-    """Rows of the split that were finished with before this stream."""
-    shuffle: ShuffleKey | None = None
-    """What the order of these rows was drawn from, and that of the rest is to be."""
-    earlier: tuple[tuple[Past, ...], ...] = ()
-    """See `Position`."""
     delivery: Delivery | None = None
     """The answer to the stream's first pull, if there is one already."""
+
+    @property
+    def epoch(self) -> int:
+        """The epoch to read."""
+        return self.position.epoch
 
 
 class Rejoin(NamedTuple):

@@ -36,6 +36,16 @@ class Stream(NamedTuple):
     number: int
 
 
+class Noted(NamedTuple):
+    """What a coordinator notes of its last epoch, for the one that is restarted in its place."""
+
+    epoch: int
+    readers: dict[int, Stream]
+    """Who reads it: nobody, if it is over."""
+    positions: dict[int, Position]
+    """How much of their splits is committed."""
+
+
 class Phase(Enum):
     """What the coordinator is doing about epochs."""
 
@@ -60,17 +70,30 @@ class Epochs:
     """Consumers known to have died, in that order: whoever comes for their split replaces them."""
     positions: dict[int, Position] = field(default_factory=dict)
     """Where those who have arrived stand, as far as they know."""
+    vacant: set[int] = field(default_factory=set)
+    """Splits of the epoch under way whose streams were closed before they knew that it had begun:
+    their places are kept for whoever comes next."""
+    noted: Noted | None = None
+    """What to go on with, of a coordinator that died in the middle of an epoch."""
     _closed: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    def recover(self, noted: Noted) -> None:
+        """Go on where a coordinator that died has been."""
+        self.epoch = noted.epoch
+        if noted.readers:
+            self.epoch -= 1
+            self.noted = noted
 
     @property
     def missing(self) -> list[int]:
-        """Splits that have not arrived at the barrier."""
-        return [split for split in range(self.n) if split not in self.arrived]
+        """Splits that have not arrived at the barrier, of those that the epoch has to wait for."""
+        needed = range(self.n) if self.noted is None else sorted(self.noted.readers)
+        return [split for split in needed if split not in self.arrived]
 
     @property
     def ready(self) -> bool:
         """Whether the barrier can open: no epoch is under way and each split has arrived."""
-        return self.phase is Phase.WAITING and len(self.arrived) == self.n
+        return self.phase is Phase.WAITING and not self.missing
 
     def superseded_by(self, split: int, stream: Stream) -> Stream | None:
         """Return the consumer's earlier stream, if its closing message has not come yet."""
@@ -85,6 +108,8 @@ class Epochs:
 
     def holder(self, split: int) -> Stream | None:
         """Return the stream that reads a split or waits to read it."""
+        if split in self.vacant:
+            return None
         return self.active.get(split) or self.arrived.get(split)
 
     def arrive(self, split: int, stream: Stream, position: Position | None = None) -> bool:
@@ -92,28 +117,31 @@ class Epochs:
 
         Where the split's consumer has died in the middle of an epoch, the newcomer takes its
         place there instead of waiting. ``position`` is where the consumer stands, if it has read
-        the split before; it counts where nobody else knows: before the first epoch.
+        the split before; it counts where this coordinator has not opened an epoch yet.
 
         Returns:
             Whether the stream reads the epoch under way, in place of one that died.
 
         Raises:
             ConsumerConflictError: If another consumer holds the split, and is not known to be dead.
-            StaleEpochError: If the same consumer has a later stream.
+            StaleEpochError: If the same consumer has a later stream, or its epoch is over.
             StateMismatchError: If a saved position comes after the first epoch has begun.
             StreamClosedError: If the stream was closed before this message came.
         """
         holder = self.holder(split)
+        reader = None if self.noted is None else self.noted.readers.get(split)
+        is_reader = reader is not None and reader.consumer == stream.consumer
         if (
             position
             and position.saved
-            and self.epoch >= 0
-            and stream != holder
+            and (self.epoch >= 0 or self.noted is not None)
+            and not (stream == holder or is_reader)
             and position[:2] != (self.epoch + 1, 0)
         ):
             raise StateMismatchError(
                 f"split {split} cannot resume in epoch {position.epoch}: the split is at epoch"
-                f" {self.epoch} already. Load states into a new split, before iterating"
+                f" {self.epoch + (self.noted is not None)} already. Load states into a new split,"
+                " before iterating"
             )
         if self.is_closed(split, stream):
             raise StreamClosedError(
@@ -127,19 +155,51 @@ class Epochs:
                     " close the other stream first"
                 )
             if split in self.active:
-                self._close(split, self.active[split])
-                self.active[split] = stream
-                return True
+                return self._take_over(split, stream)
+        elif split in self.vacant:
+            return self._take_over(split, stream)
         elif holder and holder.number > stream.number:
             raise StaleEpochError(
                 f"split {split} has moved on to a later stream of this iterator; iterate that one"
             )
         if self.active.get(split) != stream:
+            if position and position.has_begun and not position.saved:
+                self._check_reader(split, stream, position, reader)
             self.arrived[split] = stream
             self.positions.pop(split, None)
             if position:
                 self.positions[split] = position
+                if is_reader and position.epoch > self.epoch + 1:
+                    self._reads_no_more(split)
         return False
+
+    def _check_reader(
+        self, split: int, stream: Stream, position: Position, reader: Stream | None
+    ) -> None:
+        """Let a stream go on only in an epoch that it reads."""
+        if position.epoch <= self.epoch:
+            raise _over(position.epoch, split, self.epoch)
+        if reader is not None and reader.consumer != stream.consumer:
+            raise ConsumerConflictError(
+                f"this consumer ({stream.consumer}) was replaced in split {split} before the"
+                " coordinator was restarted: it must not go on. Iterate the split anew"
+            )
+
+    def _take_over(self, split: int, stream: Stream) -> bool:
+        self._close(split, self.active[split])
+        self.vacant.discard(split)
+        self.active[split] = stream
+        return True
+
+    def _reads_no_more(self, split: int) -> None:
+        """Note that a split is through with the epoch that a coordinator died in."""
+        if self.noted is None or split not in self.noted.readers:
+            return
+        readers = {s: reader for s, reader in self.noted.readers.items() if s != split}
+        self.noted = self.noted._replace(readers=readers)
+        if not readers:
+            self.noted = None
+            self.epoch += 1
 
     def die(self, split: int, stream: Stream) -> bool:
         """Note that a stream's consumer has died; True if that concerns the epoch or its barrier.
@@ -162,6 +222,8 @@ class Epochs:
         Returns:
             Where splits stand that are in this epoch, or past it.
         """
+        if self.noted is not None:
+            return self._open_again(self.noted)
         positions, self.positions = self.positions, {}
         if self.epoch < 0:
             self.epoch = min((p.epoch for p in positions.values()), default=0) - 1
@@ -173,10 +235,31 @@ class Epochs:
         self.positions = {s: positions[s] for s in finished}
         past = dict.fromkeys(finished, Position(self.epoch, rows=FINISHED))
         here = {s: p for s, p in positions.items() if p.epoch == self.epoch}
-        begun = {s: p for s, p in here.items() if p.rows or p.fed or p.earlier}
+        begun = {s: p for s, p in here.items() if p.has_begun or p.earlier}
         # A state that says "nothing yet" is a state too, where others have read something.
         unbegun = {s: p for s, p in here.items() if p.saved} if begun else {}
         return past | unbegun | begun
+
+    def _open_again(self, noted: Noted) -> dict[int, Position]:
+        """Begin to start the epoch that a coordinator died in, with those who had not left it."""
+        self.noted = None
+        self.epoch = noted.epoch
+        self.phase = Phase.STARTING
+        self.active = {split: self.arrived.pop(split) for split in noted.readers}
+        here: dict[int, Position] = {}
+        for split in noted.readers:
+            own, committed = self.positions.pop(split, None), noted.positions[split]
+            # Who is alive knows more; who has been replaced, or has had nothing yet, does not.
+            knows = (
+                own
+                and own.epoch == noted.epoch
+                and (own.rows, own.fed) > (committed.rows, committed.fed)
+            )
+            here[split] = own if own and knows else committed
+        past = set(range(self.n)) - set(here)
+        if not past and not any(p.has_begun or p.earlier for p in here.values()):
+            return {}
+        return here | dict.fromkeys(past, Position(self.epoch, rows=FINISHED))
 
     def started(self) -> None:
         """Note that blocks can be delivered."""
@@ -188,6 +271,7 @@ class Epochs:
         for split, stream in self.active.items():
             self._close(split, stream)
         self.active = {}
+        self.vacant.clear()
         while len(self.dead) > KEPT * self.n:
             del self.dead[next(iter(self.dead))]
 
@@ -204,10 +288,19 @@ class Epochs:
                 " whoever replaces it: it must not go on. Iterate the split anew"
             )
         if epoch != self.epoch or self.active.get(split) != stream:
-            raise StaleEpochError(
-                f"epoch {epoch} is over for split {split}: the coordinator is at epoch"
-                f" {self.epoch}; start a new iteration"
-            )
+            raise _over(epoch, split, self.epoch)
+
+    def vacate(self, split: int, stream: Stream) -> bool:
+        """Note that a stream is closed which did not know that its epoch had begun; True if so.
+
+        Its share is then there for whoever comes next, as if it had died.
+        """
+        if self.active.get(split) != stream or split in self.vacant:
+            self.leave(split, stream)
+            return False
+        self._close(split, stream)
+        self.vacant.add(split)
+        return True
 
     def leave(self, split: int, stream: Stream) -> bool:
         """Note that a stream is closed, whether it waits or runs; True if it was running.
@@ -217,7 +310,9 @@ class Epochs:
         self._close(split, stream)
         if self.arrived.get(split) == stream:
             del self.arrived[split]
-        if self.active.get(split) != stream:
+        if self.noted is not None and self.noted.readers.get(split) == stream:
+            self._reads_no_more(split)
+        if self.active.get(split) != stream or split in self.vacant:
             return False
         del self.active[split]
         return True
@@ -227,3 +322,10 @@ class Epochs:
         closed[stream.consumer] = max(closed.pop(stream.consumer, 0), stream.number)
         if len(closed) > KEPT:
             del closed[next(iter(closed))]
+
+
+def _over(epoch: int, split: int, now: int) -> StaleEpochError:
+    return StaleEpochError(
+        f"epoch {epoch} is over for split {split}: the coordinator is at epoch {now};"
+        " start a new iteration"
+    )

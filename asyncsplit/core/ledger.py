@@ -46,6 +46,20 @@ class Position(NamedTuple):
     """What was read of the epoch by runs with another number of splits, one after the other: rows
     and leases are counted in what those left."""
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of the epoch has been read."""
+        return bool(self.rows or self.fed)
+
+    def under(self, shuffle: ShuffleKey | None) -> "Position":
+        """Return where to go on when rows are shuffled so from now on.
+
+        In an order drawn otherwise nobody knows which rows are finished: then it is the first row.
+        """
+        if self.shuffle is None or (shuffle is not None and self.shuffle.is_like(shuffle)):
+            return self
+        return Position(self.epoch, saved=self.saved, earlier=self.earlier)
+
 
 FINISHED = 2**62
 """More rows than any epoch has: the position of a split that has finished the epoch."""
@@ -215,10 +229,20 @@ class SplitLog:
         return 0 if self.shuffle else self.committed_rows - self._first_row
 
     @property
-    def begin_row(self) -> int:
-        """Row at which a new consumer begins, also while what was finished is produced again."""
-        behind = self.assigned_rows < self._resume.rows
-        return self._resume.rows if behind else self.committed_rows
+    def position(self) -> Position:
+        """Where a new consumer begins, also while what was finished is produced again."""
+        here = self._resume._replace(fed=0, saved=False)
+        if self.assigned_rows < here.rows or self.next_seq < here.low:
+            return here
+        here = Position(here.epoch, self.committed_rows, self.check, earlier=here.earlier)
+        if self.shuffle is not None:
+            return here._replace(shuffle=self.shuffle, low=self.first_seq)
+        if self._shuffled:
+            # Which rows are finished is no number: all of them are before the oldest lease.
+            return here._replace(rows=self._first_row)
+        if self._first_row < self.committed_rows:
+            return here._replace(check=fingerprint(self.check, self._leases[0].part.rows))
+        return here
 
     def rewind(self, shuffle: ShuffleKey | None = None) -> None:
         """Let a new consumer begin at the first row that is not committed.

@@ -21,6 +21,7 @@ class Liveness:
     rejoin_timeout_s: float | None
     _heard: dict[int, float] = field(default_factory=dict)
     _died: dict[int, float] = field(default_factory=dict)
+    _how: dict[int, str] = field(default_factory=dict)
     _waiting_since: float | None = None
     _warn_after: float = FIRST_WARNING_S
 
@@ -29,9 +30,10 @@ class Liveness:
         self._heard[split] = now
         self._died.pop(split, None)
 
-    def mourn(self, split: int, now: float) -> None:
-        """Note that a split's consumer is dead."""
+    def mourn(self, split: int, now: float, how: str = "died") -> None:
+        """Note that a split's consumer is dead, or gone otherwise, and to be replaced."""
         self._died.setdefault(split, now)
+        self._how[split] = how
 
     def forget(self, split: int) -> None:
         """Note that nothing is expected of a split's former consumer any more."""
@@ -85,7 +87,7 @@ class Liveness:
 
     def _story(self, split: int, since: float, now: float) -> str:
         if (died := self._died.get(split)) is not None:
-            return f"died {now - died:.0f} s ago and was not replaced"
+            return f"{self._how[split]} {now - died:.0f} s ago and was not replaced"
         return f"has not been heard of for {now - self._last_sign(split, since):.0f} s"
 
 

@@ -3,7 +3,7 @@
 from collections import deque
 from typing import NamedTuple
 
-from asyncsplit.core.ledger import Past, Position, fingerprint
+from asyncsplit.core.ledger import Position, fingerprint
 from asyncsplit.core.shuffle import ShuffleKey
 
 
@@ -34,10 +34,9 @@ class Reading:
         self.fed = 0
         """Number of the first slice not begun."""
         self._arrived = arrived or Position(0)
-        self._epoch: int | None = None
+        self._began: Position | None = None
         self._rows_before = 0
         self._draws_all = True
-        self._earlier: tuple[tuple[Past, ...], ...] = ()
         self._first: int | None = None
         self._skip_rows = 0
         self._check = 0
@@ -48,15 +47,12 @@ class Reading:
         self._marks: deque[tuple[int, int]] = deque()
         self._unmarked = 0
 
-    def start(
-        self, epoch: int, rows: int, *, shuffled: bool, earlier: tuple[tuple[Past, ...], ...] = ()
-    ) -> None:
-        """Note the epoch, how many rows were finished before, and whether in a shuffled order."""
-        self._epoch = epoch
-        self._rows_before = rows
+    def start(self, position: Position) -> None:
+        """Note the epoch, and what of it was finished before."""
+        self._began = position
+        self._rows_before = position.rows
         # Whether all of the split's rows are in one shuffled order, from the first on.
-        self._draws_all = rows == 0 or shuffled
-        self._earlier = earlier
+        self._draws_all = position.rows == 0 or position.shuffle is not None
 
     def deliver(self, cursor: int, skip_rows: int, check: int, rows: int = 0) -> None:
         """Note the first slice: its number, its finished rows, the fingerprint before it, its rows.
@@ -100,22 +96,16 @@ class Reading:
         self, finished_rows: int, oldest: int | None, shuffle: ShuffleKey | None
     ) -> Position:
         """Return where another stream is to go on; ``shuffle`` is what the order is drawn from."""
-        if self._epoch is None:
+        if self._began is None:
             return self._arrived
         if self._first is None:
-            # Nothing has been delivered, so the fingerprint of what was skipped is not known here.
-            return self._arrived if self._arrived.epoch == self._epoch else Position(self._epoch)
+            return self._began  # nothing has been delivered
+        epoch, earlier = self._began.epoch, self._began.earlier
         rows, fed, low = self.progress(finished_rows, oldest)
         if low is not None:
             if self._draws_all:
                 return Position(
-                    self._epoch,
-                    rows,
-                    self._check,
-                    fed,
-                    shuffle=shuffle,
-                    low=low,
-                    earlier=self._earlier,
+                    epoch, rows, self._check, fed, shuffle=shuffle, low=low, earlier=earlier
                 )
             # Which rows are finished is no number: go back to where all of them are.
             rows = self._marks[0][0] if self._marks else rows
@@ -124,4 +114,4 @@ class Reading:
             if first_row >= rows:
                 break
             check = check_after
-        return Position(self._epoch, rows, check, fed, earlier=self._earlier)
+        return Position(epoch, rows, check, fed, earlier=earlier)

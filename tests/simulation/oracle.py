@@ -40,6 +40,8 @@ class Oracle:
     may_drop: int
     """Rows of a last batch that may count as finished though nobody gets them."""
     shares: dict[tuple[int, int], Share] = field(default_factory=dict)
+    unaware: set[Stream] = field(default_factory=set)
+    """Streams closed before they knew that their epoch had begun."""
     redelivered: int = 0
     steps: int = 0
     taken_over: int = 0
@@ -171,6 +173,10 @@ class Oracle:
         elif self.equal:
             assert rows == [self.dataset.rows // n] * n
         assert sum(rows) + ledger.router.truncated_rows - padded == self.dataset.rows
+        for split, log in enumerate(ledger.logs):
+            assert not log.left or self._holders.get(split) not in self.unaware, (
+                f"{split=} has lost its share of epoch {self._epoch}, and was not told"
+            )
         stayed = [split for split, log in enumerate(ledger.logs) if not log.left]
         for split in stayed:
             assert len(self.share(self._epoch, split).ids) == rows[split]

@@ -49,7 +49,7 @@ def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint(at_once
     half_read = Slice(Ref(range(5), loop, 1.0), 0, 5, 40)  # type: ignore[arg-type]
     first = Delivery(1, (half_read,), end=False, skip_rows=2, check=fingerprint(0, 3))
     coordinator: Any = Answers(
-        start_epoch=[Started(0, 100, rows=5, delivery=first if at_once else None)],
+        start_epoch=[Started(Position(0, rows=5), 100, delivery=first if at_once else None)],
         pull=[] if at_once else [first],
     )
     with fakes_installed(), contextlib.closing(loop):

@@ -6,11 +6,14 @@ the seed alone, so a failure comes again whenever it is asked for.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
+import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 from operator import itemgetter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -365,7 +368,8 @@ class Worker:
             assert feed.started is not None
             if not began:
                 began = True
-                epoch, begin, row = feed.started.epoch, feed.started.rows, feed.started.rows
+                epoch, begin = feed.started.epoch, feed.started.position.rows
+                row = begin
                 self.world.say(self.process.name, f"{split=} {epoch=} begins at row {begin}")
                 oracle.begins(epoch, split, feed._stream, begin)
             if batch is None:
@@ -389,6 +393,8 @@ class Worker:
             async with asyncio.timeout(self.random.choice((0.1, 1.0, 10.0)) * self.random.random()):
                 await anext(stream)
         self.world.say(self.process.name, "gives up", stream)
+        if stream._feed is not None and stream._feed.started is None:
+            self.world.oracle.unaware.add(stream._feed._stream)
         await stream.aclose()
 
     async def next(self, stream: BatchStream[Any]) -> Any:
@@ -408,6 +414,8 @@ def fakes_installed() -> Iterator[None]:
         def put(where: Any, name: str, fake: Any) -> None:
             stack.enter_context(patch.object(where, name, fake))
 
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        put(engine, "actor_file", lambda: directory / _actor)
         put(engine, "Execution", FakeExecution)
         put(engine, "dataset_tag", lambda dataset: "simulated")
         put(engine, "use_context", lambda context: None)
@@ -429,6 +437,14 @@ def fakes_installed() -> Iterator[None]:
 
 
 _clock: VirtualLoop | None = None
+_actor = ""
+_actors = itertools.count()
+
+
+def new_actor() -> None:
+    """Let the next coordinator be another actor, not the last one restarted."""
+    global _actor
+    _actor = f"actor-{next(_actors)}"
 
 
 def use_clock(loop: VirtualLoop) -> None:
@@ -446,6 +462,7 @@ def simulate(seed: int, *, verbose: bool = False) -> World:
     """Run the world of a seed, with the fakes installed; raise what is wrong with it."""
     loop = VirtualLoop()
     use_clock(loop)
+    new_actor()
     unhandled: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: unhandled.append(context))
     world = None

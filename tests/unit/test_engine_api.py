@@ -90,6 +90,7 @@ def test_the_installed_ray_is_supported() -> None:
         ("ray.data.Schema", ["schema"], {"data_context": None}),
         ("ray._private.worker.global_worker.deserialize_objects", [["value"], ["ref"]], {}),
         ("ray._raylet.CoreWorker.get_objects", ["self", ["ref"]], {"timeout_ms": 0}),
+        ("ray._private.node.Node.get_session_dir_path", ["self"], {}),
         ("ray._private.serialization._object_ref_deserializer", ["id", "site", b"", b"", None], {}),
     ],
 )

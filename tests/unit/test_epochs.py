@@ -2,11 +2,12 @@
 
 import pytest
 
-from asyncsplit.core.epochs import Epochs, Phase, Stream
-from asyncsplit.core.ledger import FINISHED, Position
+from asyncsplit.core.epochs import Epochs, Noted, Phase, Stream
+from asyncsplit.core.ledger import FINISHED, Past, Position
 from asyncsplit.core.replay import read_before
 from asyncsplit.errors import (
     ConsumerConflictError,
+    CoordinatorLostError,
     StaleEpochError,
     StateMismatchError,
     StreamClosedError,
@@ -284,10 +285,134 @@ def test_an_arrival_of_one_that_was_replaced_comes_too_late() -> None:
         epochs.arrive(0, A1)
 
 
-def test_after_a_restart_who_comes_without_a_position_begins_where_the_others_are() -> None:
+def test_after_a_restart_without_a_journal_a_newcomer_begins_where_the_others_are() -> None:
     """Where the one it replaces stood nobody knows, nor that it had not finished, as they had."""
     epochs = Epochs(2)
     epochs.arrive(0, Stream("finished", 2), Position(5))
     epochs.arrive(1, Stream("newcomer", 1))
     assert epochs.open() == {}
     assert epochs.epoch == 5
+
+
+def restarted(
+    epoch: int, positions: dict[int, Position], n: int = 2, readers: str = "ab"
+) -> Epochs:
+    """Return what a coordinator begins with whose predecessor has noted this."""
+    epochs = Epochs(n)
+    epochs.recover(Noted(epoch, {s: Stream(readers[s], 1) for s in positions}, positions))
+    return epochs
+
+
+def test_after_a_restart_a_replacement_goes_on_while_all_others_have_finished() -> None:
+    committed = Position(5, rows=20, check=3)
+    epochs = restarted(5, {1: committed})
+    epochs.arrive(0, A2, Position(6))
+    assert epochs.missing == [1], "the next epoch has to wait"
+    epochs.arrive(1, Stream("newcomer", 1))
+    assert epochs.ready
+    assert epochs.open() == {0: Position(5, rows=FINISHED), 1: committed}
+    assert epochs.epoch == 5
+    assert epochs.active == {1: Stream("newcomer", 1)}
+    assert epochs.arrived == {0: A2}
+
+
+def test_after_a_restart_nobody_waits_for_a_split_that_had_left() -> None:
+    epochs = restarted(5, {0: Position(5, rows=20)})
+    epochs.arrive(0, A1, Position(5, rows=30, fed=2))
+    assert epochs.open() == {0: Position(5, rows=30, fed=2), 1: Position(5, rows=FINISHED)}
+
+
+def test_after_a_restart_who_has_finished_meanwhile_is_not_waited_for() -> None:
+    epochs = restarted(5, {0: Position(5, rows=20), 1: Position(5, rows=20)})
+    epochs.arrive(0, A2, Position(6))
+    assert epochs.missing == [1]
+    epochs.leave(1, B1)
+    assert epochs.epoch == 5
+    assert epochs.missing == [1], "now for the next epoch"
+    epochs.arrive(1, Stream("newcomer", 1))
+    assert epochs.open() == {}
+    assert epochs.epoch == 6
+
+
+def test_after_a_restart_between_epochs_the_next_one_comes() -> None:
+    epochs = restarted(5, {})
+    for split, stream in enumerate((A1, B1)):
+        epochs.arrive(split, stream)
+    assert epochs.open() == {}
+    assert epochs.epoch == 6
+
+
+def test_after_a_restart_what_earlier_runs_have_read_is_known_if_nobody_is_left() -> None:
+    committed = Position(0, earlier=((Past(7, 70), Past(0, 0), Past(3, 9)),))
+    epochs = restarted(0, {0: committed, 1: committed})
+    for split in range(2):
+        epochs.arrive(split, Stream(f"newcomer {split}", 1))
+    resume = epochs.open()
+    assert resume == {0: committed, 1: committed}
+    assert read_before(resume, 2, 0, repeatable=True) == committed.earlier
+
+
+def test_after_a_restart_blocks_that_do_not_come_again_are_an_error_also_for_newcomers() -> None:
+    epochs = restarted(5, {1: Position(5, rows=20)})
+    epochs.arrive(0, A2, Position(6))
+    epochs.arrive(1, Stream("newcomer", 1))
+    with pytest.raises(CoordinatorLostError, match="epoch 5 cannot go on"):
+        read_before(epochs.open(), 2, 5, repeatable=False)
+
+
+def test_a_restart_before_anything_was_read_harms_nobody() -> None:
+    epochs = restarted(5, {0: Position(5), 1: Position(5)})
+    epochs.arrive(0, A1, Position(5))
+    epochs.arrive(1, Stream("newcomer", 1))
+    assert read_before(epochs.open(), 2, 5, repeatable=False) == ()
+    assert epochs.epoch == 5
+
+
+def test_who_was_replaced_before_a_restart_is_refused_after_it() -> None:
+    epochs = restarted(5, {0: Position(5, rows=20), 1: Position(5)})
+    with pytest.raises(ConsumerConflictError, match="was replaced in split 0 before"):
+        epochs.arrive(0, Stream("replaced", 1), Position(5, rows=30, fed=3))
+    assert not epochs.arrived
+
+
+def test_who_reads_an_epoch_that_was_over_before_a_restart_is_told() -> None:
+    epochs = restarted(5, {})
+    with pytest.raises(StaleEpochError, match="epoch 5 is over for split 0"):
+        epochs.arrive(0, A1, Position(5, rows=30, fed=3))
+    assert not epochs.arrived
+
+
+def test_a_state_loaded_again_after_a_restart_takes_nothing_back() -> None:
+    epochs = restarted(0, {0: Position(0, rows=20), 1: Position(0, rows=9)})
+    with pytest.raises(StateMismatchError, match="the split is at epoch 0 already"):
+        epochs.arrive(0, Stream("newcomer", 1), Position(0, rows=5, saved=True))
+    epochs.arrive(0, A1, Position(0, rows=5, saved=True))
+    assert epochs.arrived == {0: A1}, "who had loaded it first may say so again"
+
+
+def test_a_place_left_before_it_was_known_is_kept() -> None:
+    epochs = running()
+    assert epochs.vacate(0, A1)
+    assert epochs.holder(0) is None
+    assert not epochs.vacate(0, A1), "once is enough"
+    assert epochs.arrive(0, A2), "in the same epoch"
+    assert epochs.active == {0: A2, 1: B1}
+    with pytest.raises(StreamClosedError):
+        epochs.arrive(0, A1)
+
+
+def test_a_place_that_was_left_is_there_for_anybody_until_the_epoch_is_over() -> None:
+    epochs = running()
+    epochs.vacate(0, A1)
+    epochs.vacate(1, B1)
+    assert epochs.arrive(0, Stream("other", 1))
+    epochs.over()
+    assert not epochs.arrive(1, Stream("b", 2))
+    assert epochs.arrived == {1: Stream("b", 2)}
+
+
+def test_a_place_at_the_barrier_is_not_kept() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1)
+    assert not epochs.vacate(0, A1)
+    assert epochs.missing == [0, 1]

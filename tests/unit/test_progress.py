@@ -26,7 +26,7 @@ def log_of(counts: list[int], resume: Position | None = None) -> SplitLog:
 def reading_of(log: SplitLog, before: int = 0, *, shuffled: bool = False) -> Reading:
     """Begin all slices that a log holds, as a stream does that takes the split over."""
     reading = Reading()
-    reading.start(3, before, shuffled=shuffled, earlier=EARLIER)
+    reading.start(Position(3, before, shuffle=KEY if shuffled else None, earlier=EARLIER))
     reading.deliver(log.first_seq, log.skip_rows, log.check)
     for lease in log.read(log.first_seq, max_leases=99):
         reading.begin(lease.part.rows)
@@ -55,6 +55,12 @@ def test_a_log_goes_on_where_a_reading_stands(counts: list[int], data: st.DataOb
         assert resumed.committed_rows == log.committed_rows == before + finished
         assert (resumed.first_seq, resumed.skip_rows) == (log.first_seq, log.skip_rows)
         assert resumed.waiting == 0, "it keeps what it has begun"
+        for committed in (log.position, resumed.position):
+            anew = log_of(counts, committed)
+            anew.finish()
+            assert (anew.first_seq, anew.skip_rows) == (log.first_seq, log.skip_rows)
+            assert anew.position == committed
+            assert anew.waiting == len(counts) - anew.first_seq, "who comes next has begun nothing"
 
 
 @given(slices, st.data())
@@ -63,7 +69,7 @@ def test_rows_finished_before_are_left_out_of_the_first_slices(
 ) -> None:
     finished = data.draw(st.integers(0, sum(counts)))
     reading = Reading()
-    reading.start(0, finished, shuffled=False)
+    reading.start(Position(0, finished))
     reading.deliver(0, finished, 0)
     skipped = [reading.begin(rows) for rows in counts]
     starts = accumulate(counts[:-1], initial=0)
@@ -87,7 +93,11 @@ def test_a_shuffle_goes_on_from_the_oldest_slice_with_rows_to_come(
         assert position == Position(
             3, rows, check, len(counts), shuffle=KEY, low=oldest, earlier=EARLIER
         )
-        log_of(counts, position).finish()
+        resumed = log_of(counts, position)
+        resumed.finish()
+        anew = log_of(counts, resumed.position)
+        anew.finish()
+        assert resumed.position == anew.position == position._replace(fed=0)
 
 
 @given(slices, st.data())
@@ -104,7 +114,12 @@ def test_a_shuffle_of_the_rest_goes_back_to_where_all_is_finished(
     position = reading.position(max(0, rows - before), oldest, KEY)
     assert position.shuffle is None
     assert position.rows == (rows if oldest < held else max(rows, before))
-    log_of(counts, position).finish()
+    resumed = log_of(counts, position)
+    resumed.finish()
+    log.acknowledge(max(rows, before), fed=len(counts), low=log.first_seq + oldest)
+    committed = log.position
+    assert committed.shuffle is None
+    assert (committed.rows, committed.check) == (position.rows, position.check)
 
 
 def test_what_began_shuffled_goes_on_shuffled() -> None:
@@ -117,8 +132,7 @@ def test_before_the_first_delivery_it_stands_where_it_arrived() -> None:
     reading = Reading(arrived)
     assert reading.position(0, None, None) == arrived
     assert (reading.progress(0, None), reading.begun) == (Progress(), 0)
-    reading.start(3, 20, shuffled=False)
-    assert reading.position(0, None, None) == arrived
-    reading.start(4, 0, shuffled=False)
-    assert reading.position(0, None, None) == Position(4)
+    begun = Position(3, 40, check=8, shuffle=KEY, low=2, earlier=EARLIER)
+    reading.start(begun)
+    assert reading.position(0, None, None) == begun, "what another one before it had finished"
     assert Reading().position(0, None, None) == Position(0)
