@@ -80,6 +80,8 @@ class Plan:
     shut_down_after_s: float | None
     ahead: bool
     """Whether the coordinator knows how many epochs there are, and starts them ahead."""
+    in_order: bool
+    """Whether the dataset says that it preserves order."""
 
     @classmethod
     def of(cls, random: random.Random, later: random.Random) -> "Plan":
@@ -95,41 +97,52 @@ class Plan:
         shuffle = random.random() < 0.2
         n = random.randint(1, 4)
         epochs = random.randint(1, 3)
-        return cls(
-            n=n,
-            epochs=epochs,
-            rows=random.choice((1, n, 30, 60, 100, 150)),
-            largest_block_rows=random.choice((1, 5, 12, 30)),
-            equal=equal,
-            routing="rows" if equal else random.choice(("rows", "demand")),
-            budget=random.choice((1, 50, 200, 10_000)),
-            shuffle=shuffle,
-            batch_size=random.choice((1, 3, 7, 20)) if shuffle else random.choice((None, 1, 3, 7)),
-            drop_last=random.random() < 0.2,
-            prefetch_batches=random.randint(0, 3),
-            weather=Weather(
-                slow=seldom(0.1, 0.0, 0.5), twice=seldom(0.1, 0.0), lost=seldom(0.1, 0.0)
-            ),
-            kills=seldom(random.randint(1, 6), 0, 0.6),
-            suspects=seldom(random.randint(1, 3), 0, 0.15),
-            breaks=seldom(0.05, 0.0),
-            cancels=seldom(0.2, 0.0),
-            pause_s=random.choice((0.0, 0.0, 0.1, 2.0)),
-            failures={
-                epoch: random.choice(("start", "blocks"))
-                for epoch in range(epochs)
-                if random.random() < 0.1
-            },
-            slow_start_s=random.choice((0.1, 0.1, 1.0, 20.0)),
-            impatient=random.random() < 0.2,
-            shut_down_after_s=seldom(random.uniform(0.0, 5.0), None, 0.1),
-            impatience=0.3 if later.random() < 0.3 else 0.0,
-            ahead=later.random() < 0.3,
-        )._padded(later)
+        return (
+            cls(
+                n=n,
+                epochs=epochs,
+                rows=random.choice((1, n, 30, 60, 100, 150)),
+                largest_block_rows=random.choice((1, 5, 12, 30)),
+                equal=equal,
+                routing="rows" if equal else random.choice(("rows", "demand")),
+                budget=random.choice((1, 50, 200, 10_000)),
+                shuffle=shuffle,
+                batch_size=random.choice((1, 3, 7, 20))
+                if shuffle
+                else random.choice((None, 1, 3, 7)),
+                drop_last=random.random() < 0.2,
+                prefetch_batches=random.randint(0, 3),
+                weather=Weather(
+                    slow=seldom(0.1, 0.0, 0.5), twice=seldom(0.1, 0.0), lost=seldom(0.1, 0.0)
+                ),
+                kills=seldom(random.randint(1, 6), 0, 0.6),
+                suspects=seldom(random.randint(1, 3), 0, 0.15),
+                breaks=seldom(0.05, 0.0),
+                cancels=seldom(0.2, 0.0),
+                pause_s=random.choice((0.0, 0.0, 0.1, 2.0)),
+                failures={
+                    epoch: random.choice(("start", "blocks"))
+                    for epoch in range(epochs)
+                    if random.random() < 0.1
+                },
+                slow_start_s=random.choice((0.1, 0.1, 1.0, 20.0)),
+                impatient=random.random() < 0.2,
+                shut_down_after_s=seldom(random.uniform(0.0, 5.0), None, 0.1),
+                impatience=0.3 if later.random() < 0.3 else 0.0,
+                ahead=later.random() < 0.3,
+                in_order=True,
+            )
+            ._padded(later)
+            ._ordered(later)
+        )
 
     def _padded(self, later: random.Random) -> "Plan":
         """Fill up short splits in some of the plans with equal shares."""
         return replace(self, equal="pad") if self.equal and later.random() < 0.4 else self
+
+    def _ordered(self, later: random.Random) -> "Plan":
+        """Have half of the datasets say that they do not preserve order."""
+        return replace(self, in_order=later.random() < 0.5)
 
 
 class World:
@@ -148,7 +161,7 @@ class World:
             plan.failures,
             plan.slow_start_s,
             plan.largest_block_rows,
-            context=Context(preserve_order=True),
+            context=Context(preserve_order=plan.in_order),
         )
         loop.seconds_of = dataset.seconds_of
         options = SplitOptions(
