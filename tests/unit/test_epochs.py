@@ -200,6 +200,15 @@ def test_a_death_that_is_known_before_the_arrival_counts_from_then_on() -> None:
     assert epochs.arrived == {0: B1}
 
 
+def test_a_late_arrival_for_an_epoch_that_was_given_up_does_not_count() -> None:
+    epochs = running()
+    epochs.over()
+    for split, stream in enumerate((A1, B1)):
+        with pytest.raises(StreamClosedError):
+            epochs.arrive(split, stream)
+    assert epochs.missing == [0, 1]
+
+
 def test_an_epoch_can_end_without_its_dead() -> None:
     epochs = running()
     epochs.die(0, A1)
