@@ -101,7 +101,13 @@ def formats(bench: Bench) -> list[Figure]:
             rows //= 8
         ds = table_blocks(blocks, rows // blocks, 4)
         kwargs = {"batch_size": size, "batch_format": batch_format}
-        rounds = bench.compare(ds, 2, kwargs, drive=drive)  # type: ignore[arg-type]
+        rounds = bench.compare(
+            ds,
+            2,
+            kwargs,
+            drive=drive,  # type: ignore[arg-type]
+            rounds=bench.pick(5, 3),
+        )
         figures.append(
             Figure(
                 name,
