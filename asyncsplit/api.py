@@ -17,6 +17,7 @@ from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import pack
 from asyncsplit.remote import Coordinator
 from asyncsplit.stream import BatchStream
+from asyncsplit.telemetry.tracing import Tracing
 
 
 def streaming_split(
@@ -88,7 +89,10 @@ def streaming_split(
     )
     if refs:
         coordinator.keep.remote(refs)
-    return [AsyncDataIterator(coordinator, split, n, keep=ds) for split in range(n)]
+    tracing = Tracing.of(options.telemetry, ds.name)
+    return [
+        AsyncDataIterator(coordinator, split, n, keep=ds, tracing=tracing) for split in range(n)
+    ]
 
 
 def iter_batches(

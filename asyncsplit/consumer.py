@@ -3,13 +3,16 @@
 import gc
 import uuid
 import weakref
+from concurrent.futures import Future
 from typing import Protocol
 
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.ledger import Position
 from asyncsplit.errors import ConsumerConflictError
 from asyncsplit.remote import Coordinator
-from asyncsplit.telemetry.state import ConsumerCounters
+from asyncsplit.telemetry.state import ConsumerCounters, StreamTimes
+from asyncsplit.telemetry.stream_spans import StreamSpans
+from asyncsplit.telemetry.tracing import Tracer, Tracing
 
 
 class HasSplit(Protocol):
@@ -29,7 +32,12 @@ class Consumer:
     """An iterator object in one process: who reads a split, and its totals over all streams."""
 
     def __init__(
-        self, coordinator: Coordinator, split: int, serialized_bytes: int, keep: object = None
+        self,
+        coordinator: Coordinator,
+        split: int,
+        serialized_bytes: int,
+        keep: object = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Make a consumer with a name of its own; it has no stream yet.
 
@@ -46,6 +54,9 @@ class Consumer:
         """Where its next stream is to begin, if it has had one or a state was loaded."""
         self.streams = 0
         """How many streams it has had."""
+        self.tracing = tracing
+        """How spans are recorded; None if they are not."""
+        self._tracer: Future[Tracer | None] | None = None
         self._open: weakref.ref[HasSplit] | None = None
 
     def open(self, stream: HasSplit) -> Stream:
@@ -73,6 +84,18 @@ class Consumer:
         stream = None if self._open is None else self._open()
         read = None if stream is None else stream.position(batch_finished=batch_finished)
         return read or self.position or Position(0)
+
+    def spans(self, times: StreamTimes) -> StreamSpans | None:
+        """Return what records a stream, None if nothing does; to be called where it is iterated."""
+        if (opened := self.tracer()) is None or self.tracing is None:
+            return None
+        return StreamSpans(self.tracing, opened, self.split, times)
+
+    def tracer(self) -> "Future[Tracer | None] | None":
+        """Return what will be this consumer's tracer; None if spans are not recorded."""
+        if self._tracer is None and self.tracing is not None:
+            self._tracer = self.tracing.open_aside()
+        return self._tracer
 
     def _other_open(self, stream: HasSplit) -> bool:
         other = None if self._open is None else self._open()

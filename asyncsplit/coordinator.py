@@ -25,9 +25,12 @@ from asyncsplit.journal import Journal
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import unpack
 from asyncsplit.runner import EpochRunner
+from asyncsplit.telemetry.epoch_spans import EpochSpans
 from asyncsplit.telemetry.outlets import Outlets
+from asyncsplit.telemetry.spans import SLICES
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
 from asyncsplit.telemetry.summary import summary
+from asyncsplit.telemetry.tracing import Carrier, Tracing
 from asyncsplit.wire import Delivery, Rejoin, Started, Status, replies
 
 
@@ -51,6 +54,8 @@ class SplitCoordinator:
         )
         blocking = ThreadPoolExecutor(1, thread_name_prefix="asyncsplit-blocking")
         self._guard = Guard(dataset, blocking, self._state)
+        tracing = Tracing.of(options.telemetry, dataset.name)
+        self._spans = EpochSpans(tracing and tracing.open(), n)
         # Ray Data ignores locality where order must be kept; so do we, or the same blocks would
         # not be routed the same way twice.
         keeps_order = dataset.context.execution_options.preserve_order
@@ -64,6 +69,7 @@ class SplitCoordinator:
             guard=self._guard,
             state=self._state,
             journal=self._journal,
+            spans=self._spans,
         )
         self._outlets = Outlets(self._state, options.telemetry)
         self._kept: Sequence[ObjectRef[Any]] = ()
@@ -79,6 +85,7 @@ class SplitCoordinator:
         for join in joins:
             join()
         self._journal.remove()
+        self._spans.close()
         self._outlets.close()
 
     async def keep(self, refs: "Sequence[ObjectRef[Any]]") -> None:
@@ -95,6 +102,7 @@ class SplitCoordinator:
         shuffle: ShuffleKey | None,
         serialized_bytes: int,
         counters: ConsumerCounters,
+        trace: Carrier | None = None,
     ) -> Started:
         """Arrive at the barrier; return when the next epoch has started.
 
@@ -103,14 +111,15 @@ class SplitCoordinator:
 
         ``lifeline`` holds the reference to the consumer's call of `hold`; ``position`` is where
         it stands, if it has read the split before; ``shuffle`` what its order is drawn from;
-        ``serialized_bytes`` is the pickled size of its iterator, 0 if it never was.
+        ``serialized_bytes`` is the pickled size of its iterator, 0 if it never was; ``trace`` the
+        span that the epoch is to be a part of.
         """
         stream = Stream(*stream)
         takes_over = await self._runner.admit(
             split, stream, lifeline[0], position and Position(*position)
         )
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
-        started = await self._runner.start(split, stream, shuffle, takes_over=takes_over)
+        started = await self._runner.start(split, stream, shuffle, trace, takes_over=takes_over)
         # Who goes on after a restart knows better where to read from.
         if (position and Position(*position).fed) or not self._reads(split, stream, started.epoch):
             return started
@@ -144,13 +153,28 @@ class SplitCoordinator:
         cursor: int | None,
         progress: Progress,
         counters: ConsumerCounters,
+        trace: Carrier | None = None,
     ) -> Delivery | Rejoin:
         """Acknowledge progress; return the slices from ``cursor`` on, as soon as there are any.
 
         Without a cursor they are those from the first row that is not committed. One pull waits
-        per split: a newer one sends an older one home with nothing.
+        per split: a newer one sends an older one home with nothing. ``trace`` is the stream's span.
         """
-        stream = Stream(*stream)
+        with self._spans.pull(split, epoch, trace) as noted:
+            answer = await self._pull(split, epoch, Stream(*stream), cursor, progress, counters)
+            if isinstance(answer, Delivery):
+                noted[SLICES] = len(answer.slices)
+            return answer
+
+    async def _pull(
+        self,
+        split: int,
+        epoch: int,
+        stream: Stream,
+        cursor: int | None,
+        progress: Progress,
+        counters: ConsumerCounters,
+    ) -> Delivery | Rejoin:
         if epoch > self._runner.epochs.epoch:
             self._state.rejoins["coordinator_restarted"] += 1
             return Rejoin()
@@ -193,9 +217,12 @@ class SplitCoordinator:
         await self._runner.stopped()
 
     @replies
-    async def get_dataset_schema(self, during_execution: DuringExecution) -> Schema | None:
-        """Return the dataset's schema; see `Guard.schema`."""
-        return await self._guard.schema(during_execution)
+    async def get_dataset_schema(
+        self, during_execution: DuringExecution, trace: Carrier | None = None
+    ) -> Schema | None:
+        """Return the dataset's schema; see `Guard.schema`. ``trace`` is the caller's span."""
+        with self._spans.schema(during_execution, trace):
+            return await self._guard.schema(during_execution)
 
     @replies
     async def get_dataset_context(self) -> DataContext:

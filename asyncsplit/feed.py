@@ -62,6 +62,7 @@ class Feed:
         """Arrive at the barrier."""
         self.started: Started | None = None
         self.times = StreamTimes(perf_counter())
+        self.spans = consumer.spans(self.times)
         self._consumer = consumer
         self._stream = stream
         self._pipeline = pipeline
@@ -100,6 +101,8 @@ class Feed:
         if self._starting is not None:
             if not self._starting.done():
                 return self._starting
+            if self.spans is not None and not self.spans.opened.done():
+                return self.spans.opened
             self._start(Started(*opened(self._starting)))
         if not self._backlog and self._last:
             self._pipeline.finish()
@@ -114,8 +117,15 @@ class Feed:
     def acknowledge(self, finished_rows: int) -> None:
         """Commit what the loop has finished with, without asking for more."""
         if self.started is not None:
-            progress = self._progress(finished_rows)
-            self._send("acknowledge", self.started.epoch, self._stream, progress)
+            ask(
+                self._consumer.coordinator,
+                "acknowledge",
+                self._consumer.split,
+                self.started.epoch,
+                self._stream,
+                self._progress(finished_rows),
+                self.counters(),
+            )
 
     def close(self, finished_rows: int) -> "Callable[[], Future[Any]]":
         """Let go of everything; return the call that says goodbye, which holds nothing."""
@@ -150,7 +160,7 @@ class Feed:
 
     def cause_of(self, wait: "Future[Any]") -> Literal["barrier", "data", "transfer"]:
         """Tell what a future that `advance` returned stands for."""
-        if wait is self._starting:
+        if self._starting is not None:
             return "barrier"
         return "data" if wait is self._pulling else "transfer"
 
@@ -170,6 +180,7 @@ class Feed:
             self._pipeline.shuffle,
             self._consumer.serialized_bytes,
             self._consumer.totals,
+            None if self.spans is None else self.spans.arrives_in,
         )
 
     def _start(self, started: Started) -> None:
@@ -181,10 +192,14 @@ class Feed:
             if started.delivery is not None:
                 self._take(Delivery(*started.delivery))
         self._starting = None
+        if self.spans is not None:
+            self.spans.started(started.epoch, started.trace)
 
     def _rejoin(self, finished_rows: int) -> None:
         """Arrive again: the coordinator was restarted, and the blocks it had sent are gone."""
         self._drop_backlog()
+        if self.spans is not None:
+            self.spans.rejoins()
         self._starting = self._arrive(self.position(finished_rows))
 
     def _drop_backlog(self) -> None:
@@ -226,9 +241,16 @@ class Feed:
         budget = self.started.prefetch_bytes
         room = self._backlog_bytes < budget if self._prefetch else not self._backlog
         if room:
-            progress = self._progress(finished_rows)
-            self._pulling = self._send(
-                "pull", self.started.epoch, self._stream, self._cursor, progress
+            self._pulling = ask(
+                self._consumer.coordinator,
+                "pull",
+                self._consumer.split,
+                self.started.epoch,
+                self._stream,
+                self._cursor,
+                self._progress(finished_rows),
+                self.counters(),
+                None if self.spans is None else self.spans.carrier,
             )
 
     def _try_to_feed(self) -> "Future[Any] | None":
@@ -327,6 +349,3 @@ class Feed:
 
     def _progress(self, finished_rows: int) -> Progress:
         return self._reading.progress(finished_rows, self._pipeline.oldest_unfinished)
-
-    def _send(self, method: str, *args: object) -> "Future[Any]":
-        return ask(self._consumer.coordinator, method, self._consumer.split, *args, self.counters())

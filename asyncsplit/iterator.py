@@ -13,9 +13,11 @@ from asyncsplit.errors import StateMismatchError
 from asyncsplit.formats import resolve_batch_format
 from asyncsplit.guard import DuringExecution
 from asyncsplit.pipeline import Pipeline, RowPipeline
-from asyncsplit.remote import Coordinator, answer
+from asyncsplit.remote import Coordinator, answer, settled
 from asyncsplit.stream import BatchStream
 from asyncsplit.sync import SyncDataIterator
+from asyncsplit.telemetry.stream_spans import schema_span
+from asyncsplit.telemetry.tracing import Tracing
 from asyncsplit.wire import Status
 
 
@@ -34,14 +36,16 @@ class AsyncDataIterator:
         world_size: int,
         serialized_bytes: int = 0,
         keep: object = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Use `asyncsplit.streaming_split` instead."""
-        self._consumer = Consumer(coordinator, split_index, serialized_bytes, keep)
+        self._consumer = Consumer(coordinator, split_index, serialized_bytes, keep, tracing)
         self._world_size = world_size
 
     def __reduce__(self) -> tuple[Callable[[bytes], "AsyncDataIterator"], tuple[bytes]]:
         """Pickle into one byte string, so that its size is known where it is made."""
-        parts = (self._consumer.coordinator, self._consumer.split, self._world_size)
+        consumer = self._consumer
+        parts = (consumer.coordinator, consumer.split, self._world_size, consumer.tracing)
         return _restore, (cloudpickle.dumps(parts),)
 
     def __repr__(self) -> str:
@@ -176,7 +180,12 @@ class AsyncDataIterator:
                 f"during_execution={during_execution!r} is unknown:"
                 " use 'raise', 'observed' or 'wait'"
             )
-        schema: Schema | None = await self._ask("get_dataset_schema", during_execution)
+        tracer = None
+        if (opened := self._consumer.tracer()) is not None:
+            await settled(opened)
+            tracer = opened.result()
+        async with schema_span(tracer, during_execution) as trace:
+            schema: Schema | None = await self._ask("get_dataset_schema", during_execution, trace)
         return schema
 
     async def get_context(self) -> DataContext:
@@ -211,8 +220,8 @@ class AsyncDataIterator:
 
 
 def _restore(packed: bytes) -> AsyncDataIterator:
-    coordinator, split_index, world_size = cloudpickle.loads(packed)
-    return AsyncDataIterator(coordinator, split_index, world_size, len(packed))
+    coordinator, split_index, world_size, tracing = cloudpickle.loads(packed)
+    return AsyncDataIterator(coordinator, split_index, world_size, len(packed), tracing=tracing)
 
 
 def _at_least(low: int, **argument: object) -> None:

@@ -33,6 +33,20 @@ class TelemetryConfig:
     """URL of an OpenTelemetry receiver to push the metrics to, too, with OTLP over HTTP, such as
     ``"http://localhost:4318/v1/metrics"``. Needs ``asyncsplit[otel]``."""
 
+    tracer_provider: Callable[[], Any] | None = None
+    """Called in the processes of coordinator and consumers for an OpenTelemetry ``TracerProvider``
+    to record spans with; ``opentelemetry.trace.get_tracer_provider`` for that process's own.
+    Spans are recorded if this or ``otlp_traces_endpoint`` is set."""
+
+    otlp_traces_endpoint: str | None = None
+    """URL of an OpenTelemetry receiver to send spans to, with OTLP over HTTP, such as
+    ``"http://localhost:4318/v1/traces"``, from processes that have no ``TracerProvider`` of their
+    own. Needs ``asyncsplit[otel]``."""
+
+    trace_sample_ratio: float = 1.0
+    """Share of the epochs that spans are recorded of. Where a span is current when the split is
+    created, or else in the first loop to arrive, that one decides: all epochs or none."""
+
     ray_metrics: bool = False
     """Give the metrics, without the label ``split``, to Ray's own, too. Needs ``ray[default]``."""
 
@@ -46,16 +60,27 @@ class TelemetryConfig:
                 f"TelemetryConfig.discovery_dir={self.discovery_dir!r} must be a path, True for"
                 " the default one or False for none"
             )
-        if self.meter_provider is not None and not callable(self.meter_provider):
-            raise TypeError(
-                f"TelemetryConfig.meter_provider={self.meter_provider!r} must be a function that"
-                " returns a MeterProvider: it is called in the coordinator's process"
-            )
-        endpoint = self.otlp_endpoint
-        if endpoint is not None and not str(endpoint).startswith(("http://", "https://")):
+        for name, kind in (
+            ("meter_provider", "MeterProvider"),
+            ("tracer_provider", "TracerProvider"),
+        ):
+            function = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(
+                    f"TelemetryConfig.{name}={function!r} must be a function that returns a {kind}:"
+                    " it is called in the coordinator's process, for spans also in consumers'"
+                )
+        for name, path in (("otlp_endpoint", "metrics"), ("otlp_traces_endpoint", "traces")):
+            endpoint = getattr(self, name)
+            if endpoint is not None and not str(endpoint).startswith(("http://", "https://")):
+                raise ValueError(
+                    f"TelemetryConfig.{name}={endpoint!r} must be a URL, such as"
+                    f" 'http://localhost:4318/v1/{path}'"
+                )
+        ratio = self.trace_sample_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio <= 1:
             raise ValueError(
-                f"TelemetryConfig.otlp_endpoint={endpoint!r} must be a URL, such as"
-                " 'http://localhost:4318/v1/metrics'"
+                f"TelemetryConfig.trace_sample_ratio={ratio!r} must be a number from 0 to 1"
             )
         interval = self.push_interval_s
         if isinstance(interval, bool) or not isinstance(interval, int | float) or not interval > 0:

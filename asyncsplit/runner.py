@@ -28,7 +28,9 @@ from asyncsplit.guard import Guard
 from asyncsplit.journal import Journal
 from asyncsplit.lifeline import Lifelines
 from asyncsplit.options import SplitOptions
+from asyncsplit.telemetry.epoch_spans import EpochSpans
 from asyncsplit.telemetry.state import CoordinatorState
+from asyncsplit.telemetry.tracing import Carrier
 from asyncsplit.wire import Failure, Started
 
 T = TypeVar("T")
@@ -60,6 +62,7 @@ class EpochRunner:
         guard: Guard,
         state: CoordinatorState,
         journal: Journal,
+        spans: EpochSpans,
     ) -> None:
         """Set up; nothing runs until all splits have arrived."""
         self._n = n
@@ -73,6 +76,7 @@ class EpochRunner:
         self._guard = guard
         self._state = state
         self._journal = journal
+        self._spans = spans
         self.epochs = Epochs(n)
         if (noted := journal.read()) is not None:
             self.epochs.recover(noted)
@@ -130,14 +134,21 @@ class EpochRunner:
         return takes_over
 
     async def start(
-        self, split: int, stream: Stream, shuffle: ShuffleKey | None, *, takes_over: bool
+        self,
+        split: int,
+        stream: Stream,
+        shuffle: ShuffleKey | None,
+        trace: Carrier | None,
+        *,
+        takes_over: bool,
     ) -> Started:
         """Return when the epoch has started that a stream was let in for."""
         if self.reads(split, stream):
             if takes_over:
                 self._state.replace(split)
+                self._spans.replaced(split, trace)
                 self.distribution.take_over(split, shuffle)
-                self._started[split] = Started(self._position(split), self._prefetch_bytes)
+                self._started[split] = self._start_at(split)
                 self._journal.take_over(split, stream, self._position(split))
             return self._started[split]
         if takes_over:
@@ -146,6 +157,7 @@ class EpochRunner:
             self._openings[split] = asyncio.get_running_loop().create_future()
             self._arrived_at[split] = self.tick()
             self._state.arrivals += 1
+            self._spans.arrived(split, trace)
         self._shuffles[split] = shuffle
         opening = self._openings[split]
         self._open_if_ready()
@@ -184,6 +196,7 @@ class EpochRunner:
             resume = self.epochs.open()
             self._noted = None
             self._state.epoch_opened()
+            self._spans.opened(self.epochs.epoch, self.epochs.active)
             self._spawn(self._run_epoch(self.epochs.epoch, resume))
 
     async def _run_epoch(self, epoch: int, resume: Mapping[int, Position]) -> None:
@@ -220,7 +233,7 @@ class EpochRunner:
         for split in openings:
             if split not in resume or not resume[split].rows:
                 distribution.ledger.logs[split].shuffle = self._shuffles[split]
-            self._started[split] = Started(self._position(split), self._prefetch_bytes)
+            self._started[split] = self._start_at(split)
         self._journal.begin(
             Noted(
                 epoch,
@@ -237,18 +250,24 @@ class EpochRunner:
             later(AHEAD_AFTER_S, self._distribution_ended, distribution)
         self._end_if_all_left()
 
+    def _start_at(self, split: int) -> Started:
+        trace = self._spans.carrier
+        return Started(self._position(split), self._prefetch_bytes, trace=trace)
+
     def _position(self, split: int) -> Position:
         position = self.distribution.ledger.logs[split].position
         return position._replace(epoch=self.epochs.epoch, earlier=self._earlier)
 
     async def _start(self, distribution: Distribution, epoch: int) -> None:
         """Start the executor for an epoch; what keeps it from starting is noted as its error."""
+        self._spans.executor_starts(epoch)
         try:
             execution = await self._guard.start(epoch)
         except Exception as error:  # the consumers get it, whatever it is
             distribution.error = engine.unwrap(error)
         else:
             distribution.start(execution, f"asyncsplit-pump-{epoch}", self._state.pump)
+        self._spans.executor_started(epoch, distribution.error)
 
     def _start_next(self) -> None:
         """Start the next epoch before all have arrived, if it is known that there is one."""
@@ -296,6 +315,7 @@ class EpochRunner:
         if self.epochs.die(split, stream):
             self._liveness.mourn(split, self.tick())
             self._state.deaths += 1
+            self._spans.died(split)
             logger.warning(
                 "the consumer of split %d died in epoch %d; another one that iterates the split"
                 " goes on from its first uncommitted row",
@@ -351,6 +371,7 @@ class EpochRunner:
 
     def _give_up(self, error: BaseException) -> None:
         """End the epoch under way, and the wait for the next one, for everybody with an error."""
+        self._spans.gave_up(self.epochs.epoch + 1, self.epochs.arrived, error)
         for split, stream in tuple(self.epochs.arrived.items()):
             self.epochs.leave(split, stream)
             self.lifelines.release(stream)
@@ -402,11 +423,12 @@ class EpochRunner:
         if self.epochs.phase is not Phase.WAITING:
             streams = tuple(self.epochs.active.values())
             self._failed = (self.epochs.epoch, Failure.of(error), streams)
-            self._end_epoch("failed")
+            self._end_epoch("failed", error)
 
-    def _end_epoch(self, outcome: str) -> None:
+    def _end_epoch(self, outcome: str, error: BaseException | None = None) -> None:
         """Let the blocks go, stop the executor, and begin the next epoch if all wait for it."""
         self._state.epoch_ended(outcome)
+        self._spans.ended(outcome, self.distribution.ledger, error)
         for split, stream in self.epochs.active.items():
             self.lifelines.release(stream)
             self._liveness.forget(split)

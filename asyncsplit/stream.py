@@ -23,6 +23,7 @@ from asyncsplit.errors import ConsumerConflictError, StreamClosedError
 from asyncsplit.feed import Feed
 from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import settled
+from asyncsplit.telemetry.tracing import FLUSH_S
 
 T = TypeVar("T")
 
@@ -178,8 +179,8 @@ class BatchStream(Generic[T]):
             batch = self._take_ready()
         if batch is _END:
             # The loop goes on when the coordinator knows that everything is committed.
-            if (told := self._end()) is not None:
-                await settled(told)
+            for told, limit_s in self._end():
+                await settled(told, limit_s)
             raise StopAsyncIteration
         return cast("T", batch)
 
@@ -204,8 +205,8 @@ class BatchStream(Generic[T]):
                     futures.wait((future,), RECHECK_S)
             batch = self._take_ready()
         if batch is _END:
-            if (told := self._end()) is not None:
-                futures.wait((told,))
+            for told, limit_s in self._end():
+                futures.wait((told,), limit_s)
             raise StopIteration
         return cast("T", batch)
 
@@ -241,13 +242,13 @@ class BatchStream(Generic[T]):
         Rows of batches not asked past are not committed. If cancelled, the split is released
         all the same; so it is if the coordinator is gone.
         """
-        if (told := self._release(_Phase.CLOSED)) is not None:
-            await settled(told)
+        for told, limit_s in self._release(_Phase.CLOSED):
+            await settled(told, limit_s)
 
     def close(self) -> None:
         """Release the split; as `aclose`, but blocks the thread for the round trip."""
-        if (told := self._release(_Phase.CLOSED)) is not None:
-            futures.wait((told,))
+        for told, limit_s in self._release(_Phase.CLOSED):
+            futures.wait((told,), limit_s)
 
     def __del__(self) -> None:
         """Release the split."""
@@ -290,6 +291,8 @@ class BatchStream(Generic[T]):
         times = feed.times
         self._waiting = True
         times.wait(asked_at=now)
+        if feed.spans is not None:
+            feed.spans.waits()
         try:
             while (batch := next(self._batches, _END)) is None:
                 if (future := feed.advance(self._finished_rows)) is not None:
@@ -299,10 +302,14 @@ class BatchStream(Generic[T]):
                     finally:
                         times.waited_for(cause, perf_counter() - began)
             self._ready = batch
-            times.got(perf_counter(), batch=batch is not _END)
+            seconds = times.got(perf_counter(), batch=batch is not _END)
+            if feed.spans is not None:
+                feed.spans.got(seconds)
             if self._first_after_s is None:
                 self._first_after_s = perf_counter() - times.began
-        except Exception:
+        except Exception as error:
+            if feed.spans is not None:
+                feed.spans.failed(error)
             self._release(_Phase.ENDED)
             raise
         finally:
@@ -328,24 +335,35 @@ class BatchStream(Generic[T]):
         batch, self._ready = self._ready, None
         return batch
 
-    def _end(self) -> "futures.Future[Any] | None":
+    def _end(self) -> "list[tuple[futures.Future[Any], float | None]]":
         """Commit everything: the loop has asked past the last batch."""
         self._finished_rows += self._pipeline.rows_dropped
         return self._release(_Phase.ENDED)
 
-    def _release(self, phase: _Phase) -> "futures.Future[Any] | None":
-        """Leave the open phase, if it is that, and tell the coordinator."""
+    def _release(self, phase: _Phase) -> "list[tuple[futures.Future[Any], float | None]]":
+        """Leave the open phase, if it is that, and tell the coordinator.
+
+        Returns:
+            What to wait for, and how long.
+        """
         if self.is_open:
-            return self._forget(phase)()
+            spans = None if self._feed is None else self._feed.spans
+            told: list[tuple[futures.Future[Any], float | None]] = [(self._forget(phase)(), None)]
+            if spans is not None and (flushed := spans.flush()) is not None:
+                told.append((flushed, FLUSH_S))
+            return told
         if self._phase is _Phase.NEW or phase is _Phase.CLOSED:
             self._phase = phase
             self._yield_at = 0.0
-        return None
+        return []
 
     def _forget(self, phase: _Phase) -> "Callable[[], futures.Future[Any]]":
         """Let go of all data; return the call that tells the coordinator, free of self."""
         assert self._feed is not None
         farewell = self._feed.close(self._finished_rows)
+        if (spans := self._feed.spans) is not None:
+            rows, batches = self._pipeline.rows_out, self._pipeline.batches_out
+            spans.ended(completed=phase is _Phase.ENDED, rows=rows, batches=batches)
         self._phase = phase
         self._yield_at = 0.0
         self._batches = iter(())

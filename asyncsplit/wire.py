@@ -52,6 +52,8 @@ class Started(NamedTuple):
     """How many bytes to keep ahead."""
     delivery: Delivery | None = None
     """The answer to the stream's first pull, if there is one already."""
+    trace: dict[str, str] | None = None
+    """W3C trace context of the epoch's span; None if it is not recorded."""
 
     @property
     def epoch(self) -> int:

@@ -6,6 +6,7 @@ Their metrics, and what these mean, come from the catalogue.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from asyncsplit.telemetry import spans
 from asyncsplit.telemetry.catalog import MAX_SPLIT_LABELS, WORST, Board
 from asyncsplit.telemetry.verdict import STALL_HIGH
 from dashboards import rules
@@ -29,6 +30,8 @@ class Query:
     """If it is not the panel's."""
     one: str | None = None
     """What a value of 1 is written as, if the series' name tells all."""
+    exemplars: bool = False
+    """Whether single observations are drawn that lead to a trace."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Panel:
     """From where on it is yellow and red; red only, if there is one."""
     alert: str | None = None
     """Name of the alert about it."""
+    traces: str | None = None
+    """TraceQL that finds the spans it is about."""
     stacked: bool = False
     bars: bool = False
     top: float | None = None
@@ -74,6 +79,11 @@ class Dashboard:
         return f"asyncsplit-{self.board}"
 
     @property
+    def has_traces(self) -> bool:
+        """Whether some panel leads to traces."""
+        return any(panel.traces is not None for row in self.rows for panel in row.panels)
+
+    @property
     def title(self) -> str:
         """Name for people."""
         return f"asyncsplit: {self.board.capitalize()}"
@@ -96,10 +106,10 @@ def _events(name: str, legend: str, *by: str) -> Query:
     return Query(Q.increase(name, *by), f"{{{{dataset}}}} {legend}")
 
 
-def _quantiles(name: str) -> tuple[Query, ...]:
+def _quantiles(name: str, *, exemplars: bool = False) -> tuple[Query, ...]:
     return (
         Query(Q.quantile(0.5, name), "{{dataset}} half of them"),
-        Query(Q.quantile(0.99, name), "{{dataset}} 99 of 100"),
+        Query(Q.quantile(0.99, name), "{{dataset}} 99 of 100", exemplars=exemplars),
         Query(Q.mean(name), "{{dataset}} mean"),
     )
 
@@ -146,8 +156,10 @@ OVERVIEW = Dashboard(
                 Panel(
                     "Wait per batch",
                     "s",
-                    "How long a loop waits for one batch, the ones that were ready included.",
-                    _quantiles("asyncsplit_batch_wait_seconds"),
+                    "How long a loop waits for one batch, the ones that were ready included. With"
+                    " traces on, points are single waits: each leads to its trace.",
+                    _quantiles("asyncsplit_batch_wait_seconds", exemplars=True),
+                    traces=f'{{ name = "{spans.WAIT_SPAN.name}" && duration > 1s }}',
                 ),
             ),
         ),

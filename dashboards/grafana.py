@@ -1,7 +1,9 @@
 """Makes Grafana's JSON of a board."""
 
+import json
 from collections.abc import Callable
 from string import ascii_uppercase
+from urllib.parse import quote
 
 from grafana_foundation_sdk.builders import common as common_builder
 from grafana_foundation_sdk.builders import dashboard as builder
@@ -37,6 +39,8 @@ def render(board: Dashboard) -> str:
     )
     for variable in _variables():
         made.with_variable(variable)
+    if board.has_traces:
+        made.with_variable(builder.DatasourceVariable("traces").label("Traces").type("tempo"))
     for link in _links():
         made.link(link)
     number = 0
@@ -93,9 +97,17 @@ def _panel(board: Dashboard, panel: Panel) -> _AnyPanel:
     made = _OF_KIND[panel.kind](panel)
     made.title(panel.title).description(_description(board, panel)).datasource(_SOURCE)
     made.unit(panel.unit).span(panel.width).height(_HEIGHT).thresholds(_thresholds(panel))
-    if panel.alert is not None:
-        link = builder.DashboardLink(panel.alert).url(_RUNBOOK[panel.alert]).target_blank(True)
-        made.links([link.type(dashboard.DashboardLinkType.LINK)])
+    links = {} if panel.alert is None else {panel.alert: _RUNBOOK[panel.alert]}
+    if panel.traces is not None:
+        links["Traces"] = _search(panel.traces)
+    if links:
+        to_page = dashboard.DashboardLinkType.LINK
+        made.links(
+            [
+                builder.DashboardLink(title).url(url).target_blank(True).type(to_page)
+                for title, url in links.items()
+            ]
+        )
     for ref, query in zip(ascii_uppercase, panel.queries, strict=False):
         made.with_target(_target(panel, ref, query))
         if changes := _changes(panel, query):
@@ -111,6 +123,18 @@ def _description(board: Dashboard, panel: Panel) -> str:
         if (metric.board, metric.panel) == (board.board, panel.title)
     )
     return "\n".join([panel.hint, "", *metrics]).strip()
+
+
+def _search(traceql: str) -> str:
+    """Return the address of a search for spans, in the time shown."""
+    query = {"refId": "A", "queryType": "traceql", "query": traceql}
+    time = {"from": "${__from}", "to": "${__to}"}
+    panes = {"traces": {"datasource": "${traces}", "queries": [query], "range": time}}
+    # Grafana puts in what it knows of these, if it can read them.
+    address = quote(json.dumps(panes, separators=(",", ":")))
+    for name in ("traces", "__from", "__to"):
+        address = address.replace(quote(f"${{{name}}}"), f"${{{name}}}")
+    return f"/explore?schemaVersion=1&panes={address}"
 
 
 def _thresholds(panel: Panel) -> builder.ThresholdsConfig:
@@ -131,7 +155,7 @@ def _target(panel: Panel, ref: str, query: Query) -> prometheus.Dataquery:
         return target.instant().format(PromQueryFormat.TABLE)
     if panel.kind == "stat":
         return target.instant()
-    return target.range()
+    return target.range().exemplar(True) if query.exemplars else target.range()
 
 
 def _changes(panel: Panel, query: Query) -> list[dashboard.DynamicConfigValue]:

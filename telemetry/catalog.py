@@ -13,9 +13,16 @@ import ray
 
 import asyncsplit
 from asyncsplit.core.epochs import Phase
+from asyncsplit.telemetry import spans
 
 if TYPE_CHECKING:  # at run time it is the state that needs the bounds
-    from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState, Histogram, SplitState
+    from asyncsplit.telemetry.state import (
+        ConsumerCounters,
+        CoordinatorState,
+        Exemplar,
+        Histogram,
+        SplitState,
+    )
 
 MAX_SPLIT_LABELS = 64
 """Splits that get series of their own: each series takes some 5 microseconds of a scrape."""
@@ -84,6 +91,8 @@ class Observed(NamedTuple):
     counts: tuple[int, ...]
     """One more than there are bounds; not cumulative."""
     total: float
+    exemplars: "Mapping[int, Exemplar] | None" = None
+    """By bucket, if some observations can be found in a trace."""
 
 
 Value: TypeAlias = float | Observed
@@ -170,7 +179,9 @@ def _batch_waits(snapshot: Snapshot) -> Samples:
     counters = snapshot.total.counters
     ready = max(0, counters.batches - counters.waits)  # which cost a consumer nothing to count
     first, *others = counters.waited
-    yield (snapshot.state.name,), Observed((first + ready, *others), counters.wait_s)
+    counts = (first + ready, *others)
+    exemplars = snapshot.state.exemplars
+    yield (snapshot.state.name,), Observed(counts, counters.wait_s, dict(exemplars) or None)
 
 
 def _stalls(snapshot: Snapshot) -> dict[str, float]:
@@ -1011,7 +1022,8 @@ The upper bounds of the histograms' buckets, in seconds:
 | Metric | Bounds |
 |---|---|
 {chr(10).join(bounds)}
-"""
+
+{spans.markdown()}"""
 
 
 if __name__ == "__main__":

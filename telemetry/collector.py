@@ -11,9 +11,10 @@ from prometheus_client.metrics_core import (
     HistogramMetricFamily,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar as ShownExemplar
 
 from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot
-from asyncsplit.telemetry.state import CoordinatorState
+from asyncsplit.telemetry.state import CoordinatorState, Exemplar
 
 PAUSE_S = 5e-5
 """Pause after each metric. A scrape is a thread that does not wait for anything, and would keep the
@@ -68,5 +69,20 @@ def bound_labels(metric: Metric) -> list[str]:
     return [*map(str, metric.bounds), "+Inf"]
 
 
-def _buckets(metric: Metric, value: Observed) -> list[tuple[str, float]]:
-    return list(zip(bound_labels(metric), accumulate(value.counts), strict=True))
+def _buckets(
+    metric: Metric, value: Observed
+) -> list[tuple[str, float] | tuple[str, float, ShownExemplar]]:
+    counts = zip(bound_labels(metric), accumulate(value.counts), strict=True)
+    if value.exemplars is None:
+        return list(counts)
+    return [
+        (bound, count, _exemplar(noted))
+        if (noted := value.exemplars.get(bucket))
+        else (bound, count)
+        for bucket, (bound, count) in enumerate(counts)
+    ]
+
+
+def _exemplar(noted: Exemplar) -> ShownExemplar:
+    labels = {"trace_id": noted.trace_id, "span_id": noted.span_id}
+    return ShownExemplar(labels, noted.seconds, noted.at)

@@ -19,7 +19,7 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 import asyncsplit
 from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot, Value
 from asyncsplit.telemetry.collector import PAUSE_S, bound_labels
-from asyncsplit.telemetry.state import CoordinatorState
+from asyncsplit.telemetry.state import CoordinatorState, Exemplar
 
 SCOPE = "asyncsplit"
 
@@ -196,7 +196,15 @@ class Export:
             metric.bounds,
             extreme,
             extreme,
+            [_exemplar(each) for each in (value.exemplars or {}).values()],
         )
+
+
+def _exemplar(noted: Exemplar) -> Any:
+    from opentelemetry.sdk.metrics import Exemplar as SentExemplar
+
+    trace_id, span_id = int(noted.trace_id, 16), int(noted.span_id, 16)
+    return SentExemplar({}, noted.seconds, int(noted.at * 1e9), span_id, trace_id)
 
 
 def _name(metric: Metric) -> str:

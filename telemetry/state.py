@@ -28,6 +28,17 @@ STALL_WINDOW_S = 10.0
 ExecutorState = Literal["idle", "starting", "running", "stopping"]
 
 
+class Exemplar(NamedTuple):
+    """A wait that stands for those of its bucket, and where it is in a trace."""
+
+    bucket: int
+    trace_id: str
+    span_id: str
+    seconds: float
+    at: float
+    """Seconds since 1970."""
+
+
 class ConsumerCounters(NamedTuple):
     """A consumer's totals since it was created, over all its streams; and, last, its present."""
 
@@ -57,6 +68,8 @@ class ConsumerCounters(NamedTuple):
     """Bytes of the blocks delivered and not begun, now."""
     lag_s: float = 0.0
     """The longest that the consumer's event loop was busy elsewhere, since its last message."""
+    exemplars: tuple[Exemplar, ...] = ()
+    """Of waits since its last message, if traces are recorded."""
 
     def plus(self, other: "ConsumerCounters") -> "ConsumerCounters":
         """Add the totals; the present is the other's."""
@@ -80,15 +93,15 @@ def _combine(
 ) -> ConsumerCounters:
     totals: Any = map(operator, one[:_WAITED], other[:_WAITED])
     waited = tuple(map(operator, one.waited, other.waited))
-    return ConsumerCounters._make((*totals, waited, present.backlog_bytes, present.lag_s))
+    return ConsumerCounters._make((*totals, waited, *present[_WAITED + 1 :]))
 
 
 class StreamTimes:
     """What one stream's consumer does with its time; seconds of any clock that moves forward."""
 
     __slots__ = (
-        *("barrier_s", "began", "data_s", "first_s", "firsts", "lag_s", "started_at"),
-        *("transfer_s", "wait_s", "waited", "waiting_since", "waits"),
+        *("barrier_s", "began", "data_s", "exemplars", "first_s", "firsts", "lag_s"),
+        *("started_at", "transfer_s", "wait_s", "waited", "waiting_since", "waits"),
     )
 
     def __init__(self, now: float) -> None:
@@ -101,7 +114,14 @@ class StreamTimes:
         self.waited = [0] * (len(catalog.WAIT_BOUNDS) + 1)
         self.lag_s = 0.0
         """The longest that other tasks took since it was read last."""
+        self.exemplars: dict[int, Exemplar] = {}
+        """The latest of each bucket since they were read last."""
         self.waiting_since: float | None = None
+
+    @property
+    def causes(self) -> dict[str, float]:
+        """What has been waited for so far, as far as it is told apart."""
+        return {"barrier": self.barrier_s, "data": self.data_s, "transfer": self.transfer_s}
 
     def wait(self, asked_at: float) -> None:
         """Note that the loop has to wait for what it asked for."""
@@ -116,14 +136,16 @@ class StreamTimes:
         else:
             self.transfer_s += seconds
 
-    def got(self, now: float, *, batch: bool) -> None:
-        """Note that the wait brought a batch, or the end."""
+    def got(self, now: float, *, batch: bool) -> float:
+        """Note that the wait brought a batch, or the end; return how long it was."""
         assert self.waiting_since is not None
-        self.waited[bisect_left(catalog.WAIT_BOUNDS, now - self.waiting_since)] += 1
+        seconds = now - self.waiting_since
+        self.waited[bisect_left(catalog.WAIT_BOUNDS, seconds)] += 1
         self.waits += batch
         if batch and not self.firsts:
             self.firsts = 1
             self.first_s = now - self.started_at
+        return seconds
 
     def go_on(self, now: float) -> None:
         """Note that the loop waits no more, whatever it has got."""
@@ -146,6 +168,10 @@ class StreamTimes:
     ) -> ConsumerCounters:
         """Return what the consumer reports of the stream; the longest lag is of the time since."""
         lag_s, self.lag_s = self.lag_s, 0.0
+        exemplars: tuple[Exemplar, ...] = ()
+        if self.exemplars:
+            exemplars = tuple(self.exemplars.values())
+            self.exemplars.clear()
         return ConsumerCounters(
             rows,
             batches,
@@ -162,6 +188,7 @@ class StreamTimes:
             tuple(self.waited),
             backlog_bytes,
             lag_s,
+            exemplars,
         )
 
 
@@ -319,6 +346,9 @@ class CoordinatorState:
     deaths: int = 0
     lost: int = 0
 
+    exemplars: dict[int, Exemplar] = field(default_factory=dict)
+    """The latest wait for a batch of each bucket that has been traced."""
+
     barrier_wait: Histogram = field(default_factory=lambda: Histogram(catalog.BARRIER_BOUNDS))
     executor_start: Histogram = field(default_factory=lambda: Histogram(catalog.START_BOUNDS))
     first_batch: Histogram = field(default_factory=lambda: Histogram(catalog.START_BOUNDS))
@@ -381,6 +411,7 @@ class CoordinatorState:
         if state.consumer != consumer or counters < state.latest:
             return
         more = state.add(counters)
+        self.exemplars.update((each[0], Exemplar(*each)) for each in counters.exemplars)
         state.heard_at = time.monotonic()
         if more.batches:
             state.batch_at = state.heard_at
@@ -443,9 +474,9 @@ class CoordinatorState:
     def delivered(self) -> ConsumerCounters:
         """Totals over all splits."""
         columns: Any = zip(*(split.total for split in self.splits), strict=True)
-        *totals, waited, backlog, lag = columns
+        *totals, waited, backlog, lag, _ = columns
         by_bucket = tuple(map(sum, zip(*waited, strict=True)))
-        return ConsumerCounters._make((*map(sum, totals), by_bucket, sum(backlog), max(lag)))
+        return ConsumerCounters._make((*map(sum, totals), by_bucket, sum(backlog), max(lag), ()))
 
     @property
     def is_running(self) -> bool:

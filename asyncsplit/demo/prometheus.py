@@ -47,6 +47,7 @@ def running(program: str, config: Path, data: Path) -> Iterator["Api"]:
         f"--config.file={config}",
         f"--storage.tsdb.path={data}",
         "--web.listen-address=127.0.0.1:0",
+        "--enable-feature=exemplar-storage",
     ]
     with subprocess.Popen(
         ["/bin/sh", "-c", _GUARD, "sh", *command],

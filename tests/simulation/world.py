@@ -11,6 +11,7 @@ import logging
 import random
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -38,6 +39,7 @@ from asyncsplit.errors import (
 from asyncsplit.iterator import AsyncDataIterator
 from asyncsplit.options import SplitOptions, TelemetryConfig
 from asyncsplit.stream import BatchStream
+from asyncsplit.telemetry.tracing import Tracer, Tracing
 from tests.simulation import dataset as fakes
 from tests.simulation.clock import VirtualLoop
 from tests.simulation.dataset import Context, DatasetError, FakeDataset, FakeExecution
@@ -48,6 +50,8 @@ BOUND_S = 4 * 3600.0
 """Virtual seconds within which every run is over."""
 
 REPLACED_AFTER_S = 8.0
+
+SILENT = TelemetryConfig(enabled=False)
 
 
 @dataclass
@@ -148,11 +152,19 @@ class Plan:
 class World:
     """One run of a plan."""
 
-    def __init__(self, seed: int, loop: VirtualLoop, *, verbose: bool = False) -> None:
+    def __init__(
+        self,
+        seed: int,
+        loop: VirtualLoop,
+        *,
+        verbose: bool = False,
+        telemetry: TelemetryConfig = SILENT,
+    ) -> None:
         self.random = random.Random(seed)
         self.plan = plan = Plan.of(self.random, random.Random(f"later {seed}"))
         self.loop = loop
         self.verbose = verbose
+        self.telemetry = telemetry
         self.network = Network(loop, plan.weather, self.random)
         dataset = FakeDataset(
             plan.rows,
@@ -170,7 +182,7 @@ class World:
             barrier_timeout_s=5.0 if plan.impatient else 1800.0,
             rejoin_timeout_s=3.0 if plan.impatient else 120.0,
             epochs=plan.epochs if plan.ahead else None,
-            telemetry=TelemetryConfig(enabled=False),
+            telemetry=telemetry,
         )
         self.coordinator = SplitCoordinator(
             plan.n,
@@ -299,11 +311,17 @@ class Worker:
         self.random = random.Random(world.random.random())
         self.process = process
         self.split = split
+        tracing = Tracing.of(world.telemetry, None)
         self.it = AsyncDataIterator(
             world.network.handle(process),  # type: ignore[arg-type]
             split,
             world.plan.n,
+            tracing=tracing,
         )
+        if tracing is not None:  # here, and not on a thread, for which no time would pass
+            opened: Future[Tracer | None] = Future()
+            opened.set_result(tracing.open())
+            self.it._consumer._tracer = opened
 
     async def live(self, after_s: float) -> None:
         """Iterate until killed, replaced, or told that there is no more."""
@@ -445,7 +463,8 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.pump, "threading", fakes.PUMP_THREADING)
         put(asyncsplit.guard, "gc", SimpleNamespace(collect=lambda: 0))  # it takes real time
         logger = logging.getLogger("asyncsplit")
-        put(logger, "level", logging.CRITICAL)
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
         yield
 
 
@@ -471,7 +490,7 @@ def _now() -> float:
     return _clock.time()
 
 
-def simulate(seed: int, *, verbose: bool = False) -> World:
+def simulate(seed: int, *, verbose: bool = False, telemetry: TelemetryConfig = SILENT) -> World:
     """Run the world of a seed, with the fakes installed; raise what is wrong with it."""
     loop = VirtualLoop()
     use_clock(loop)
@@ -483,7 +502,7 @@ def simulate(seed: int, *, verbose: bool = False) -> World:
 
         async def run() -> World:
             nonlocal world
-            world = World(seed, loop, verbose=verbose)
+            world = World(seed, loop, verbose=verbose, telemetry=telemetry)
             await world.run()
             return world
 

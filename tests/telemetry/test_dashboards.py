@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import parse_qs
 
 import promql_parser
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from jsonschema import Draft7Validator
 
 from asyncsplit.telemetry.catalog import CATALOG, Metric
+from asyncsplit.telemetry.spans import SPANS
 from dashboards import rules
 from dashboards.boards import DASHBOARDS
 from dashboards.build import FILES, ROOT, generated
@@ -157,7 +159,33 @@ def test_a_panel_says_what_it_is(board: str, panel: dict[str, Any]) -> None:
     references = [target["refId"] for target in panel["targets"]]
     assert len(set(references)) == len(references) > 0
     for link in panel.get("links", ()):
-        assert link["url"] in {alert.runbook_url for alert in rules.ALERTS}
+        runbook = link["url"] in {alert.runbook_url for alert in rules.ALERTS}
+        assert runbook or searched(link["url"]) in {span.name for span in SPANS}
+
+
+def searched(address: str) -> str:
+    """Return the name of the spans that a link to Explore looks for."""
+    path, _, parameters = address.partition("?")
+    assert path == "/explore"
+    assert {"${traces}", "${__from}", "${__to}"} <= set(re.findall(r"\$\{\w+\}", address))
+    (pane,) = json.loads(parse_qs(parameters)["panes"][0]).values()
+    assert pane["datasource"] == "${traces}"
+    (query,) = pane["queries"]
+    (name,) = re.findall(r'name = "(.*?)"', query["query"])
+    return str(name)
+
+
+def test_the_wait_per_batch_leads_to_traces() -> None:
+    (panel,) = (panel for _, panel in PANELS if panel["title"] == "Wait per batch")
+    assert [target.get("exemplar", False) for target in panel["targets"]] == [False, True, False]
+    (link,) = panel["links"]
+    assert searched(link["url"]) == "asyncsplit.wait"
+    (variable,) = (
+        one
+        for one in BOARDS["asyncsplit-overview"]["templating"]["list"]
+        if one["name"] == "traces"
+    )
+    assert (variable["type"], variable["query"]) == ("datasource", "tempo")
 
 
 @pytest.mark.parametrize("uid", BOARDS)
@@ -169,8 +197,8 @@ def test_a_dashboard_can_be_used_with_any_data_source_job_and_dataset(uid: str) 
     assert (source["name"], source["type"], source["query"]) == (
         *("datasource", "datasource", "prometheus"),
     )
-    assert [one["name"] for one in others] == ["job", "dataset"]
-    for one in others:
+    assert [one["name"] for one in others if one["name"] != "traces"] == ["job", "dataset"]
+    for one in others[:2]:
         assert one["datasource"]["uid"] == "${datasource}"
         assert (one["includeAll"], one["multi"], one["allValue"]) == (True, True, ".+")
         inside = re.fullmatch(r"label_values\((.*), (\w+)\)", one["query"])

@@ -1,9 +1,7 @@
 """What arrives at OpenTelemetry's own SDK, and at a receiver of OTLP."""
 
 import contextlib
-import http.server
 import logging
-import queue
 import socket
 import sys
 import threading
@@ -11,9 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
-    ExportMetricsServiceRequest,
-)
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
@@ -21,7 +16,8 @@ from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, Metric
 from asyncsplit.telemetry.otel import Export
 from asyncsplit.telemetry.outlets import Outlets
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState, Exemplar
+from tests.unit.receiver import Receiver
 
 UNITS = {"bytes": "By", "seconds": "s", "ratio": "1", "": ""}
 PARTS = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
@@ -35,37 +31,13 @@ def busy() -> CoordinatorState:
     state = CoordinatorState.of("id", 2, "flights")
     state.meet(0, "a", 700)
     waited = (3, 0, 2, *[0] * (len(ConsumerCounters().waited) - 3))
-    state.update(0, "a", ConsumerCounters(rows=50, batches=10, waits=5, wait_s=0.5, waited=waited))
+    counters = ConsumerCounters(rows=50, batches=10, waits=5, wait_s=0.5, waited=waited)
+    slow = Exemplar(2, "ab" * 16, "cd" * 8, 0.009, 1_700_000_000.0)
+    state.update(0, "a", counters._replace(exemplars=(slow,)))
     state.meet(1, "b", 700)
     state.update(1, "b", ConsumerCounters(rows=7))
     state.epoch_duration.observe(2.0)
     return state
-
-
-class Receiver:
-    """A real OTLP receiver: every request it got, decoded."""
-
-    def __init__(self) -> None:
-        self.requests: queue.Queue[ExportMetricsServiceRequest] = queue.Queue()
-        receiver = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                request = ExportMetricsServiceRequest()
-                request.ParseFromString(self.rfile.read(int(self.headers["Content-Length"])))
-                receiver.requests.put(request)
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: Any) -> None: ...
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1/metrics"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @contextlib.contextmanager
@@ -156,6 +128,9 @@ def test_a_receiver_gets_everything_and_histograms_as_such() -> None:
     (waits,) = metrics["asyncsplit_batch_wait_seconds"].histogram.data_points
     assert (waits.count, waits.sum) == (10, 0.5)
     assert list(waits.bucket_counts) == [8, 0, 2, *[0] * 8]
+    (exemplar,) = waits.exemplars
+    assert (exemplar.trace_id.hex(), exemplar.span_id.hex()) == ("ab" * 16, "cd" * 8)
+    assert exemplar.as_double == 0.009
     assert not waits.HasField("min")
     (epochs,) = metrics["asyncsplit_epoch_duration_seconds"].histogram.data_points
     assert (epochs.count, epochs.sum) == (1, 2.0)
