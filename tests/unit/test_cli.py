@@ -45,11 +45,14 @@ def test_wrong_usage_exits_with_2_and_runs_nothing(
     assert demo == []
 
 
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        cli.main(arguments)
 
-    assert "demo  " in capsys.readouterr().out
+    said = capsys.readouterr()
+    for command in cli._COMMANDS:
+        assert f"\n  {command} " in (said.out if arguments else said.err)
 
 
 def test_missing_extra_is_named_with_the_way_out(
