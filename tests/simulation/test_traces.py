@@ -8,6 +8,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanContext
 
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry import spans
@@ -34,6 +35,11 @@ class Provider:
     @property
     def recorded(self) -> Sequence[ReadableSpan]:
         return self._exporter.get_finished_spans()
+
+
+def identity(span: ReadableSpan) -> SpanContext:
+    assert span.context is not None
+    return span.context
 
 
 class BrokenTracer:
@@ -64,7 +70,7 @@ def test_spans_change_nothing_and_fit_together() -> None:
         world = simulate(seed, telemetry=traced(provider))
         assert figures(world) == figures(simulate(seed))
         recorded = provider.recorded
-        by_id = {span.context.span_id: span for span in recorded}
+        by_id = {identity(span).span_id: span for span in recorded}
         names = {kind.name: kind for kind in spans.SPANS}
         for span in recorded:
             seen[span.name] += 1
@@ -75,7 +81,7 @@ def test_spans_change_nothing_and_fit_together() -> None:
             assert span.parent is not None
             # The stream of a process that has died is missing, and so is an epoch under way.
             if (parent := by_id.get(span.parent.span_id)) is not None:
-                assert parent.context.trace_id == span.context.trace_id
+                assert identity(parent).trace_id == identity(span).trace_id
                 assert f"`{parent.name}`" in names[span.name].parent
                 epoch = "asyncsplit.epoch"
                 assert (parent.attributes or {})[epoch] == (span.attributes or {})[epoch]

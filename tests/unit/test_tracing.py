@@ -92,6 +92,7 @@ def parent_of(span: ReadableSpan) -> str:
 def identity(span: ReadableSpan | Carrier) -> str:
     if isinstance(span, dict):
         return span["traceparent"][3:52]
+    assert span.context is not None
     return f"{span.context.trace_id:032x}-{span.context.span_id:016x}"
 
 
