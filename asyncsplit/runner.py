@@ -400,7 +400,7 @@ class EpochRunner:
             if opening is not None:
                 _reject(opening, _left())
             return
-        running = self.epochs.leave(split, stream)
+        running = began and self.epochs.leave(split, stream)
         if waited or running:
             self._liveness.forget(split)
         if (waited or running) and opening is not None:

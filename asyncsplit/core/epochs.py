@@ -295,10 +295,11 @@ class Epochs:
 
         Its share is then there for whoever comes next, as if it had died.
         """
-        if self.active.get(split) != stream or split in self.vacant:
-            self.leave(split, stream)
-            return False
         self._close(split, stream)
+        if self.arrived.get(split) == stream:
+            del self.arrived[split]
+        if self.active.get(split) != stream or split in self.vacant:
+            return False
         self.vacant.add(split)
         return True
 

@@ -425,3 +425,13 @@ def test_a_place_at_the_barrier_is_not_kept() -> None:
     epochs.arrive(0, A1)
     assert not epochs.vacate(0, A1)
     assert epochs.missing == [0, 1]
+
+
+def test_after_a_restart_too_a_place_left_before_it_was_known_is_kept() -> None:
+    epochs = restarted(5, {0: Position(5), 1: Position(5, rows=20)})
+    assert not epochs.vacate(0, A1)
+    assert epochs.missing == [0, 1], "it has not left the epoch"
+    epochs.arrive(0, A2, Position(5))
+    epochs.arrive(1, B1, Position(5, rows=20, fed=1))
+    epochs.open()
+    assert epochs.active == {0: A2, 1: B1}
