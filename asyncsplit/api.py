@@ -31,7 +31,8 @@ def streaming_split(
     """Split a dataset's stream among ``n`` consumers; returns at once.
 
     Each epoch executes the dataset anew; it starts when all ``n`` consumers iterate. The
-    iterators share one coordinator actor, on this node, which ends when the last of them is gone.
+    iterators share one coordinator actor, on this node unless `SplitOptions.coordinator_node_id`
+    names another one; it ends when the last of them is gone.
 
     Args:
         ds: The dataset; executed as it is, with its own context.
@@ -70,6 +71,7 @@ def streaming_split(
     hints = _check_hints(locality_hints, n)
     store_bytes = _check_cluster().get("object_store_memory")
     budget = prefetch_budget(options.prefetch_bytes, n, store_bytes)
+    node_id = _check_node(options.coordinator_node_id)
     pieces, refs = pack(ds)
     coordinator: Coordinator = (
         ray.remote(SplitCoordinator)
@@ -81,9 +83,8 @@ def streaming_split(
             max_task_retries=-1 if options.coordinator_max_restarts else 0,
             # Two calls of each consumer wait at a time; the rest is for everything else.
             max_concurrency=8 * n + 100,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=False
-            ),
+            # Soft: a restart may go elsewhere, if that node is lost.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
         )
         .remote(n, shares, hints, replace(options, prefetch_bytes=budget), *pieces)  # type: ignore[assignment]
     )
@@ -122,6 +123,19 @@ def _check_cluster() -> dict[str, float]:
             " num_cpus=1 or more, or add a node"
         )
     return resources
+
+
+def _check_node(node_id: str | None) -> str:
+    """Return where the coordinator is to run; without the check Ray would put it anywhere."""
+    if node_id is None:
+        return engine.node_id()
+    alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    if node_id not in alive:
+        raise ValueError(
+            f"SplitOptions.coordinator_node_id={node_id!r} is no node of this cluster: the ids of"
+            f" its living nodes are {', '.join(alive)}"
+        )
+    return node_id
 
 
 def _check_hints(hints: Sequence[str] | None, n: int) -> list[str] | None:

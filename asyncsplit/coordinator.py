@@ -244,6 +244,7 @@ class SplitCoordinator:
         """Return what the coordinator is doing; answers also while everything else waits."""
         return Status(
             pid=os.getpid(),
+            node_id=engine.node_id(),
             epoch=self._runner.epochs.epoch,
             phase=self._runner.epochs.phase.value,
             missing=self._runner.epochs.missing,

@@ -91,7 +91,7 @@ class Distribution:
             # What a consumer has had before a restart is still being produced again.
             return Delivery(begin, (), end=False)
         slices = tuple(
-            Slice(part.block, part.start, part.stop, part.size_bytes, part.padding)  # type: ignore[arg-type]
+            Slice(part.block, part.start, part.stop, part.size_bytes, part.padding, part.node)  # type: ignore[arg-type]
             for _, part, _ in log.read(begin, max_leases=MAX_SLICES)
         )
         end = begin + len(slices) == log.next_seq and exhausted

@@ -186,6 +186,11 @@ def dataset_tag(ds: Dataset) -> str:
     return ds.get_dataset_id()
 
 
+def node_id() -> str:
+    """Return the id of the node that this process runs on."""
+    return ray.get_runtime_context().get_node_id()
+
+
 def no_progress_timeout(ds: Dataset) -> float | None:
     """Return after how many seconds without progress Ray fails an execution; None for never.
 

@@ -45,6 +45,8 @@ class _Pending:
     fetch: "Future[Any] | None" = None
     overdue_at: float = math.inf
     packed: engine.Packed | None = None
+    sent_for: bool = False
+    """Whether it was asked for ahead, being small and on another node."""
 
 
 class Feed:
@@ -73,6 +75,8 @@ class Feed:
         self._reading = Reading(consumer.position)
         self._cursor: int | None = None
         self._fed_bytes = 0
+        self._node_id = engine.node_id()
+        self._local_blocks = self._remote_blocks = 0
         self._last = False
         self._lost_at = -1
         self._pulling: Future[Any] | None = None
@@ -153,6 +157,8 @@ class Feed:
                 rows=self._pipeline.rows_out,
                 batches=self._pipeline.batches_out,
                 blocks=self._reading.begun,
+                local_blocks=self._local_blocks,
+                remote_blocks=self._remote_blocks,
                 size_bytes=self._fed_bytes,
                 backlog_bytes=self._backlog_bytes,
             )
@@ -288,8 +294,12 @@ class Feed:
         return None
 
     def _fetch_ahead(self) -> None:
-        """Have large blocks on their way for as many batches as `prefetch_batches` says."""
+        """Have blocks on their way for as many batches as `prefetch_batches` says.
+
+        That is large ones, and small ones that are on another node.
+        """
         wanted = self._prefetch * (self._batch_size or 1)
+        afar: list[ray.ObjectRef[Any]] = []
         for place, pending in enumerate(self._backlog):
             part = pending.slice
             if place and wanted <= 0:
@@ -303,6 +313,18 @@ class Feed:
                 and not self._fetch([pending])
             ):
                 pending.fetch = part.ref.future()
+            elif place and part.size_bytes <= SMALL_BYTES and self._is_afar(pending):
+                pending.sent_for = True
+                afar.append(part.ref)
+        if afar:
+            # Ray goes on fetching them after this has returned.
+            afar = list(dict.fromkeys(afar))
+            ray.wait(afar, num_returns=len(afar), timeout=0, fetch_local=True)
+
+    def _is_afar(self, pending: _Pending) -> bool:
+        if pending.sent_for or pending.packed is not None:
+            return False
+        return pending.slice.node_id not in (None, self._node_id)
 
     def _fetch_group(self) -> "Future[Any] | None":
         """Fetch the small blocks at the head that are here; if none is, return what to wait for."""
@@ -344,6 +366,8 @@ class Feed:
         part = self._backlog.popleft().slice
         self._backlog_bytes -= part.size_bytes
         self._fed_bytes += part.size_bytes
+        self._local_blocks += part.node_id == self._node_id
+        self._remote_blocks += part.node_id not in (None, self._node_id)
         skipped = self._reading.begin(part.stop - part.start)
         self._pipeline.add(block, part.start + skipped, part.stop, padding=part.padding)
 

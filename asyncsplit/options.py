@@ -118,6 +118,10 @@ class SplitOptions:
     """How often Ray starts the coordinator anew if its process dies. An epoch goes on where it
     was if the dataset preserves order; else its consumers get `CoordinatorLostError`."""
 
+    coordinator_node_id: str | None = None
+    """Id of the Ray node to run the coordinator on; None for the one that the split is created on.
+    Should that node be lost, Ray restarts the coordinator on another one, if its creator lives."""
+
     epochs: int | None = None
     """How many epochs there will be, if that is known. The executor then starts on the next one as
     soon as it is through with the last, so that blocks are there when all have arrived. They
@@ -139,6 +143,12 @@ class SplitOptions:
         if restarts < 0:
             raise ValueError(
                 f"SplitOptions.coordinator_max_restarts={restarts} must be 0 (never) or more"
+            )
+        node_id = self.coordinator_node_id
+        if node_id is not None and not isinstance(node_id, str):
+            raise TypeError(
+                f"SplitOptions.coordinator_node_id={node_id!r} must be the id of a node (a string),"
+                " or None for the one that the split is created on"
             )
         if self.prefetch_bytes is not None:
             if not isinstance(self.prefetch_bytes, int) or isinstance(self.prefetch_bytes, bool):

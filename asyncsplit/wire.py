@@ -27,6 +27,8 @@ class Slice(NamedTuple):
     size_bytes: int
     padding: bool = False
     """Whether these rows repeat others, to make shares equal."""
+    node_id: str | None = None
+    """The node that produced the block, which has a copy; None if unknown."""
 
 
 class Delivery(NamedTuple):
@@ -70,6 +72,8 @@ class Status(NamedTuple):
 
     pid: int
     """Process id of the coordinator, on its node."""
+    node_id: str
+    """Id of that node."""
     epoch: int
     """The epoch under way or the last one; -1 before the first."""
     phase: str

@@ -665,6 +665,20 @@ SPLITS = Dashboard(
                         Query(Q.gauge("asyncsplit_prefetch_budget_bytes"), "{{dataset}} budget"),
                     ),
                 ),
+                Panel(
+                    "Blocks by location",
+                    "ops",
+                    "Remote blocks go over the network before they are read. Many of them, and a"
+                    " stall by transfer: give `locality_hints`, or prefetch more batches.",
+                    (
+                        Query(
+                            Q.rate("asyncsplit_located_blocks_total", "location"),
+                            "{{dataset}} {{location}}",
+                        ),
+                    ),
+                    width=24,
+                    stacked=True,
+                ),
             ),
         ),
     ),

@@ -194,6 +194,12 @@ def _stalls(snapshot: Snapshot) -> dict[str, float]:
     }
 
 
+def _located(snapshot: Snapshot) -> dict[str, float]:
+    counters = snapshot.total.counters
+    local, remote = counters.local_blocks, counters.remote_blocks
+    return {"local": local, "remote": remote, "unknown": counters.blocks - local - remote}
+
+
 def _arrived(state: "CoordinatorState") -> set[int]:
     return set() if state.epochs_now is None else set(state.epochs_now.arrived)
 
@@ -382,6 +388,18 @@ CATALOG = (
         "splits",
         "Blocks per second",
         _delivered(lambda total: total.counters.blocks),
+    ),
+    Metric(
+        "asyncsplit_located_blocks_total",
+        "counter",
+        "",
+        ("dataset", "location"),
+        "Blocks, or parts of blocks, that consumers have begun, by where they were produced: on the"
+        " consumer's node (local), on another one (remote), or it is unknown, as of blocks that a"
+        " dataset holds itself.",
+        "splits",
+        "Blocks by location",
+        _keyed(_located),
     ),
     Metric(
         "asyncsplit_bytes_total",

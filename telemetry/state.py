@@ -62,6 +62,10 @@ class ConsumerCounters(NamedTuple):
     """Streams that have got their first batch."""
     first_s: float = 0.0
     """Seconds from the news that the epoch has started to the first batch, of those streams."""
+    local_blocks: int = 0
+    """Blocks that were produced on the consumer's node."""
+    remote_blocks: int = 0
+    """Blocks that were produced on another node."""
     waited: tuple[int, ...] = (0,) * (len(catalog.WAIT_BOUNDS) + 1)
     """How many waits were how long, see `catalog.WAIT_BOUNDS`."""
     backlog_bytes: int = 0
@@ -165,6 +169,8 @@ class StreamTimes:
         blocks: int,
         size_bytes: int,
         backlog_bytes: int,
+        local_blocks: int = 0,
+        remote_blocks: int = 0,
     ) -> ConsumerCounters:
         """Return what the consumer reports of the stream; the longest lag is of the time since."""
         lag_s, self.lag_s = self.lag_s, 0.0
@@ -185,6 +191,8 @@ class StreamTimes:
             self.transfer_s,
             self.firsts,
             self.first_s,
+            local_blocks,
+            remote_blocks,
             tuple(self.waited),
             backlog_bytes,
             lag_s,

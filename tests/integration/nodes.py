@@ -1,33 +1,40 @@
-"""A cluster whose nodes are lost or run out of memory: a program, for tests that need one.
+"""A cluster whose nodes come, are lost or run out of memory: a program, for tests that need one.
 
-The session's cluster has one node, which has to stay. Each line of the input names a failure of
-`FAILURES`, and each is answered by a line of JSON, an `Outcome`. The program ends with its input.
+The session's cluster has one node, which has to stay. Each line of the input names a play of
+`PLAYS`, and each is answered by a line of JSON. The program ends with its input.
 """
 
 import asyncio
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
+from urllib.request import urlopen
 
 import numpy as np
+import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
+from ray.data import Dataset
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import asyncsplit
 from asyncsplit import AsyncDataIterator, BatchStream, SplitOptions
-from tests.integration.consume import eventually, stopped
+from tests.integration.consume import Reader, eventually, stopped
 
 MB = 2**20
 BLOCKS = 12
 ROWS = 10
 """Of one block."""
+PAYLOAD = 3 * MB // 2 // ROWS
+"""Bytes of a row: a block is then no small one."""
 
 OOM_RETRIES = 3
 
@@ -99,10 +106,9 @@ async def outcome(
     return Outcome(rows=sorted(seen), errors=errors, runs=diary.runs())
 
 
-async def lose_blocks(cluster: Cluster, directory: str, **ray_remote_args: Any) -> Outcome:
-    """Kill a node that holds blocks no consumer has fetched; start another one."""
+def gated(directory: str, **ray_remote_args: Any) -> tuple[Dataset, Diary, Path]:
+    """Return a dataset, the diary of its blocks, and the file that all but the first wait for."""
     diary = Diary(directory)
-    payload = 3 * MB // 2 // ROWS
     go = Path(tempfile.mkdtemp(dir=directory)) / "go"
 
     def produce(batch: Any) -> Any:
@@ -110,21 +116,33 @@ async def lose_blocks(cluster: Cluster, directory: str, **ray_remote_args: Any) 
         while first >= 2 * ROWS and not go.exists():
             time.sleep(0.01)
         diary.note(first)
-        return {"id": batch["id"], "payload": np.zeros((ROWS, payload), np.uint8)}
+        return {"id": batch["id"], "payload": np.zeros((ROWS, PAYLOAD), np.uint8)}
 
     ds = ray.data.range(BLOCKS * ROWS, override_num_blocks=BLOCKS)
-    ds = ds.map_batches(produce, **ray_remote_args)
+    return ds.map_batches(produce, **ray_remote_args), diary, go
 
-    async def all_produced() -> bool:
-        return (await its[0].status()).held_bytes >= BLOCKS * ROWS * payload
 
+async def holds(it: AsyncDataIterator, blocks: int) -> bool:
+    """Tell whether the coordinator holds so many blocks with a payload."""
+    return (await it.status()).held_bytes >= blocks * ROWS * PAYLOAD
+
+
+def reader(it: AsyncDataIterator, node_id: str, **kwargs: Any) -> Any:
+    """Start a consumer on a node."""
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(Reader).options(num_cpus=0, scheduling_strategy=there).remote(it, **kwargs)
+
+
+async def lose_blocks(cluster: Cluster, directory: str, **ray_remote_args: Any) -> Outcome:
+    """Kill a node that holds blocks no consumer has fetched; start another one."""
+    ds, diary, go = gated(directory, **ray_remote_args)
     with node(cluster) as lost:
         its = asyncsplit.streaming_split(ds, 2)
         streams = [it.iter_batches(batch_size=None, prefetch_batches=0) for it in its]
         # Each has one block, which it goes on to hold until it asks for the next one.
         seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
         go.touch()
-        await eventually(all_produced)
+        await eventually(lambda: holds(its[0], BLOCKS))
         cluster.remove_node(lost, allow_graceful=False)
     with node(cluster):
         return await outcome(its, streams, seen, diary)
@@ -178,11 +196,144 @@ async def lose_the_coordinator(cluster: Cluster, directory: str) -> Outcome:
     return Outcome(rows=sorted(seen), errors=errors, runs=[])
 
 
-FAILURES: dict[str, Any] = {
+async def lose_a_worker(cluster: Cluster, directory: str) -> Outcome:
+    """Kill the node of a consumer, of all blocks and of what made them; start another one."""
+    with node(cluster) as lost:
+        ds, diary, go = gated(directory)
+        its = asyncsplit.streaming_split(ds, 2)
+        victim = reader(its[0], lost.node_id, prefetch_batches=0)
+        stream = its[1].iter_batches(batch_size=None, prefetch_batches=0)
+        first, batch = await asyncio.gather(victim.next.remote(), anext(stream))
+        go.touch()
+        await victim.next.remote()
+        await eventually(lambda: holds(its[0], BLOCKS - 1))
+        assert (await its[0].status()).committed_rows[0] == ROWS
+        cluster.remove_node(lost, allow_graceful=False)
+    with node(cluster):
+        # Before Ray knows that it is dead, whoever comes for its split is an intruder.
+        with suppress(RayActorError):
+            await victim.pid.remote()
+        seen = [*first, *map(int, batch["id"])]
+        return await outcome(its, [its[0].iter_batches(), stream], seen, diary)
+
+
+async def lose_a_placed_coordinator(cluster: Cluster, directory: str) -> Outcome:
+    """Kill the node on which the coordinator was put, and nothing else."""
+    lost = cluster.add_node(num_cpus=0)
+    with node(cluster):
+        ds, diary, go = gated(directory)
+        ds.context.execution_options.preserve_order = True
+        options = SplitOptions(coordinator_node_id=lost.node_id)
+        its = asyncsplit.streaming_split(ds, 2, options=options)
+        streams = [it.iter_batches(batch_size=ROWS) for it in its]
+        seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
+        assert (await its[0].status()).node_id == lost.node_id
+        cluster.remove_node(lost, allow_graceful=False)
+        go.touch()
+        return await outcome(its, streams, seen, diary)
+
+
+class Blocks(TypedDict):
+    """How many blocks came to consumers, by where they were produced."""
+
+    local: int
+    remote: int
+    unknown: int
+
+
+async def read_on_two_nodes(directory: str, nodes: list[str], hints: list[str]) -> Blocks:
+    """Have blocks made on two nodes, and a consumer on each."""
+    here = tempfile.mkdtemp(dir=directory)
+
+    def produce(batch: Any) -> Any:
+        # Else one node could be through before the other has started a worker.
+        Path(here, ray.get_runtime_context().get_node_id()).touch()
+        while len(list(Path(here).iterdir())) < 2:
+            time.sleep(0.01)
+        time.sleep(0.02)
+        return {"id": batch["id"], "payload": np.zeros((ROWS, PAYLOAD), np.uint8)}
+
+    ds = ray.data.range(2 * BLOCKS * ROWS, override_num_blocks=2 * BLOCKS).map_batches(produce)
+    its = asyncsplit.streaming_split(ds, 2, locality_hints=hints)
+    readers = [reader(it, at) for it, at in zip(its, nodes, strict=True)]
+    await asyncio.gather(*(each.next.remote() for each in readers))
+    await eventually(lambda: holds(its[0], 2 * BLOCKS))
+    await asyncio.gather(*(each.rest.remote() for each in readers))
+    url = await its[0].metrics_url()
+    assert url is not None
+    text = await asyncio.to_thread(lambda: urlopen(url).read().decode())
+    counts = re.findall(r'located_blocks_total\{.*location="(\w+)"\} (\d+)', text)
+    return cast("Blocks", {where: int(count) for where, count in counts})
+
+
+class Owner:
+    """Owns the blocks of a dataset."""
+
+    def make(self, blocks: int, size_bytes: int) -> list["ray.ObjectRef[Any]"]:
+        return [
+            ray.put(pa.table({"id": [block], "payload": pa.array([bytes(size_bytes)])}))
+            for block in range(blocks)
+        ]
+
+
+async def fetch_ahead(other: str, *, blocks: int, size_bytes: int, read: int) -> list[int]:
+    """Read some blocks of another node, and no more; return which then are on this one.
+
+    That is as soon as the three after them are here.
+    """
+    there = NodeAffinitySchedulingStrategy(other, soft=False)
+    owner: Any = ray.remote(Owner).options(num_cpus=0, scheduling_strategy=there).remote()
+    refs = await owner.make.remote(blocks, size_bytes)
+    (it,) = asyncsplit.streaming_split(ray.data.from_arrow_refs(refs), 1)
+    me = ray.get_runtime_context().get_node_id()
+
+    def here() -> list[int]:
+        places = ray.experimental.get_object_locations(refs)
+        return [i for i, ref in enumerate(refs) if me in places[ref]["node_ids"]]
+
+    async def three_more() -> bool:
+        return set(range(read, read + 3)) <= set(here())
+
+    async with it.iter_batches(batch_size=1, prefetch_batches=3) as stream:
+        for _ in range(read):
+            await anext(stream)
+        await eventually(three_more)
+        return here()
+
+
+class Places(TypedDict):
+    """What is where, with two nodes beside the driver's."""
+
+    followed: Blocks
+    """With hints that say where the consumers are."""
+    swapped: Blocks
+    """With hints that say the opposite."""
+    large: list[int]
+    """Blocks on the consumer's node while it holds block 0 of 8."""
+    small: list[int]
+    """The same of small ones, while it holds block 29 of 80."""
+
+
+async def place(cluster: Cluster, directory: str) -> Places:
+    """See where blocks are."""
+    with node(cluster) as one, node(cluster) as other:
+        nodes = [one.node_id, other.node_id]
+        return Places(
+            followed=await read_on_two_nodes(directory, nodes, nodes),
+            swapped=await read_on_two_nodes(directory, nodes, nodes[::-1]),
+            large=await fetch_ahead(nodes[0], blocks=8, size_bytes=2 * MB, read=1),
+            small=await fetch_ahead(nodes[0], blocks=80, size_bytes=MB // 8, read=30),
+        )
+
+
+PLAYS: dict[str, Any] = {
     "blocks are lost": lose_blocks,
     "blocks are lost for good": lambda *where: lose_blocks(*where, max_retries=0),
     "out of memory": run_out_of_memory,
     "the coordinator's node is lost": lose_the_coordinator,
+    "the node the coordinator was put on is lost": lose_a_placed_coordinator,
+    "a worker's node is lost": lose_a_worker,
+    "blocks and nodes": place,
 }
 
 
@@ -198,7 +349,9 @@ def main() -> None:
         cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=False)
         for line in sys.stdin:
-            print(json.dumps(asyncio.run(FAILURES[line.strip()](cluster, directory))), file=answers)
+            # A play that hangs ends all, and so shows where.
+            play = asyncio.wait_for(PLAYS[line.strip()](cluster, directory), 80)
+            print(json.dumps(asyncio.run(play)), file=answers)
         ray.shutdown()
         cluster.shutdown()
 

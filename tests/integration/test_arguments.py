@@ -27,6 +27,12 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
         (2, {"options": {"routing": "rows"}}, TypeError, "options="),
         (
             2,
+            {"options": SplitOptions(coordinator_node_id="moon")},
+            ValueError,
+            "coordinator_node_id='moon' is no node of this cluster",
+        ),
+        (
+            2,
             {"equal": True, "options": SplitOptions(routing="demand")},
             ValueError,
             "equal=True cannot be combined with routing='demand'",

@@ -1,16 +1,13 @@
 """What executes the dataset, or holds its blocks, is lost."""
 
 import asyncio
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +18,7 @@ from ray.exceptions import OwnerDiedError
 
 import asyncsplit
 from tests.integration.consume import eventually, read_epoch, stopped
-from tests.integration.nodes import BLOCKS, OOM_RETRIES, ROWS, Outcome
+from tests.integration.nodes import BLOCKS, OOM_RETRIES, ROWS
 
 BLOCK_BYTES = 200_000
 """More than Ray keeps outside its object store."""
@@ -115,34 +112,6 @@ async def test_blocks_whose_owner_died_are_an_error_for_all(mapped: bool) -> Non
     errors = await asyncio.gather(*(read_epoch([it]) for it in its), return_exceptions=True)
     assert [type(error) for error in errors] == [OwnerDiedError, OwnerDiedError]
     await eventually(lambda: stopped(its[0]))
-
-
-@pytest.fixture(scope="module")
-def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Outcome]]:
-    """Return a function that plays a failure of `tests.integration.nodes`."""
-    log = tmp_path_factory.mktemp("nodes") / "log"
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.nodes"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            bufsize=1,
-        ) as nodes,
-    ):
-        assert nodes.stdin is not None
-        assert nodes.stdout is not None
-        stdin, stdout = nodes.stdin, nodes.stdout
-
-        def play(failure: str) -> Outcome:
-            print(failure, file=stdin)
-            answer = stdout.readline()
-            assert answer, log.read_text()
-            return cast("Outcome", json.loads(answer))
-
-        yield play
 
 
 def test_blocks_lost_with_their_node_are_produced_again(play: Any) -> None:

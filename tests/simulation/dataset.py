@@ -53,6 +53,11 @@ class Ref:
                 self._arrive()
         return self._here
 
+    @property
+    def is_sent_for(self) -> bool:
+        """Whether somebody has asked for it."""
+        return self._here is not None
+
     def _arrive(self) -> None:
         assert self._here is not None
         self._here.set_result(pa.table({"id": pa.array(self.ids, pa.int64())}))
@@ -123,7 +128,8 @@ class FakeDataset:
                     self.random.uniform(0.001, self.slow_block_s) if slow else 0.0,
                 )
                 size = rows * ROW_BYTES
-                bundle.append(Block(ref, before, before + rows, size, None))  # type: ignore[arg-type]
+                node_id = (None, "node", "another node")[first % 3]
+                bundle.append(Block(ref, before, before + rows, size, node_id))  # type: ignore[arg-type]
                 first += rows
                 if first == self.rows:
                     break

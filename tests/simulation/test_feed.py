@@ -13,7 +13,7 @@ from asyncsplit.feed import Feed
 from asyncsplit.pipeline import Pipeline
 from asyncsplit.wire import Delivery, Slice, Started
 from tests.simulation.clock import VirtualLoop
-from tests.simulation.dataset import Ref
+from tests.simulation.dataset import ROW_BYTES, Ref
 from tests.simulation.world import fakes_installed, use_clock
 
 
@@ -65,3 +65,33 @@ def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint(at_once
         assert feed.backlog == 1, "the block is on its way"
         both = fingerprint(fingerprint(0, 3), 5)
         assert feed.position(0) == Position(0, rows=5, check=both, fed=1)
+
+
+def test_small_blocks_of_another_node_are_sent_for_ahead_of_their_group() -> None:
+    """They would be asked for together, and only when the first of them is needed."""
+    loop = VirtualLoop()
+    use_clock(loop)
+
+    def sent_for(node_id: str) -> int:
+        refs = [Ref(range(5), loop, 1.0) for _ in range(20)]
+        slices = tuple(
+            Slice(ref, 0, 5, 5 * ROW_BYTES, node_id=node_id)  # type: ignore[arg-type]
+            for ref in refs
+        )
+        coordinator: Any = Answers(
+            start_epoch=[Started(0, 10**6)], pull=[Delivery(0, slices, end=True)]
+        )
+        feed = Feed(
+            Consumer(coordinator, 0, 0),
+            Stream("it", 1),
+            Pipeline(batch_size=5, batch_format=None),
+            prefetch_batches=9,
+            batch_size=5,
+        )
+        for _ in range(3):
+            feed.advance(0)
+        return sum(ref.is_sent_for for ref in refs)
+
+    with fakes_installed(), contextlib.closing(loop):
+        assert sent_for("node") == 3, "a group, on the consumer's own node"
+        assert sent_for("another node") == 10, "and as far as prefetch_batches says, elsewhere"

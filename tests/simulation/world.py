@@ -450,6 +450,7 @@ def fakes_installed() -> Iterator[None]:
         put(engine, "Execution", FakeExecution)
         put(engine, "dataset_tag", lambda dataset: "simulated")
         put(engine, "use_context", lambda context: None)
+        put(engine, "node_id", lambda: "node")
         put(engine, "get_packed", fakes.get_packed)
         put(engine, "unpack", fakes.unpack)
         put(asyncsplit.feed, "ray", SimpleNamespace(wait=fakes.wait, ObjectRef=Any))

@@ -51,6 +51,7 @@ def test_iter_batches(
         ({"prefetch_bytes": 1.5}, TypeError, r"prefetch_bytes=1\.5 must be an int, or None"),
         ({"epochs": 0}, ValueError, "epochs=0 must be 1 or more, or None"),
         ({"epochs": True}, TypeError, "epochs=True must be an int, or None"),
+        ({"coordinator_node_id": 7}, TypeError, "coordinator_node_id=7 must be the id of a node"),
         ({"telemetry": None}, TypeError, "telemetry=None must be a TelemetryConfig"),
     ],
 )

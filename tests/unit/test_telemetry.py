@@ -36,8 +36,8 @@ TraceFunction = Callable[[FrameType, str, Any], Any]
 Series = tuple[str, frozenset[tuple[str, str]]]
 
 LABELS = {
-    *("blocked_on", "cause", "dataset", "operation", "outcome", "phase", "ray_version", "reason"),
-    *("result", "split", "state", "version", "wait"),
+    *("blocked_on", "cause", "dataset", "location", "operation", "outcome", "phase", "ray_version"),
+    *("reason", "result", "split", "state", "version", "wait"),
 }
 
 
@@ -137,7 +137,7 @@ def test_all_series_are_there_from_the_start_and_zero() -> None:
 def test_counts_arrive_under_their_names() -> None:
     state = CoordinatorState.of("id", 2, "flights")
     state.meet(1, "a", 700)
-    state.update(1, "a", ConsumerCounters(10, 3, 2, 4096, 1, 0.5, 2.0))
+    state.update(1, "a", ConsumerCounters(10, 3, 2, 4096, 1, 0.5, 2.0, remote_blocks=2))
     state.epochs["completed"] = 4
     state.schema_requests["hit"] = 5
     state.guard_rejections["schema"] = 6
@@ -163,6 +163,7 @@ def test_counts_arrive_under_their_names() -> None:
         ("asyncsplit_rows_total", "1"): 10,
         ("asyncsplit_batches_total", "1"): 3,
         ("asyncsplit_blocks_total", "1"): 2,
+        ("asyncsplit_located_blocks_total", "remote"): 2,
         ("asyncsplit_bytes_total", "1"): 4096,
         ("asyncsplit_waited_batches_total", "1"): 1,
         ("asyncsplit_wait_seconds_total", "1"): 0.5,
@@ -298,6 +299,8 @@ STEPS = st.builds(
     *[QUARTERS] * 5,
     firsts=COUNTS,
     first_s=QUARTERS,
+    local_blocks=COUNTS,
+    remote_blocks=COUNTS,
     waited=st.tuples(*[COUNTS] * len(ConsumerCounters().waited)),
     backlog_bytes=COUNTS,
     lag_s=QUARTERS,
