@@ -15,7 +15,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-observed test test-unit test-lowest dist check format bench bench-quick simulate \
-	chaos soak clean
+	chaos soak clean docs
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,10 @@ check: venv ## Lint, check the format and the types
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: venv ## Build the documentation's site in build/site; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
 format: venv ## Format, and fix what the linter can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
@@ -74,7 +78,7 @@ clean: ## Remove everything that was generated, the virtual environments too
 	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_WHEEL) $(VENV_LOWEST).txt build dist .coverage* .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-$(VENV)/.installed: PACKAGES = --editable '.[dev,demo,bench]'
+$(VENV)/.installed: PACKAGES = --editable '.[dev,demo,bench,docs]'
 $(VENV_LOWEST)/.installed: PACKAGES = --editable '.[dev]' --constraint $(VENV_LOWEST).txt
 $(VENV_LOWEST)/.installed: $(VENV_LOWEST).txt
 $(VENV)/.installed $(VENV_LOWEST)/.installed: pyproject.toml

@@ -1,5 +1,6 @@
 """Every Python block of the documentation runs and prints what it says; every reference leads."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,7 @@ import ray
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from asyncsplit import engine
+from asyncsplit import engine, errors
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -61,17 +62,28 @@ def examples_of(page: Path) -> Iterator[Example]:
 
 
 EXAMPLES = [example for page in PAGES for example in examples_of(page)]
+RUN = {
+    page: runs
+    for page in PAGES
+    if (runs := [e for e in EXAMPLES if e.place.startswith(f"{name(page)}:") and not e.reason])
+}
+NOT_RUN_HERE = [example for example in EXAMPLES if example.reason]
+
+# Each block is a program of its own, but Python, Ray and the connection are started only once.
+PROGRAM = """
+import contextlib, io, json, sys
+for place, code in json.load(sys.stdin):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, place, "exec"), {"__name__": "__main__"})
+    print(json.dumps(printed.getvalue()))
+"""
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[example.place for example in EXAMPLES])
-def test_a_python_block_runs_and_prints_what_is_said(
-    example: Example, ray_cluster: None, tmp_path: Path
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_python_blocks_run_and_print_what_is_said(
+    page: Path, ray_cluster: None, tmp_path: Path
 ) -> None:
-    compile(example.code, example.place, "exec")
-    if example.reason:
-        pytest.skip(f"{example.place} is not run: {example.reason}")
-    program = tmp_path / "example.py"
-    program.write_text(example.code)
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -79,7 +91,8 @@ def test_a_python_block_runs_and_prints_what_is_said(
         "RAY_LOG_TO_DRIVER": "0",
     }
     done = subprocess.run(
-        [sys.executable, program],
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps([(example.place, example.code) for example in RUN[page]]),
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -87,10 +100,17 @@ def test_a_python_block_runs_and_prints_what_is_said(
         timeout=100,
         check=False,
     )
-    assert done.returncode == 0, f"{example.place}\n{done.stderr}"
+    assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    if example.printed is not None:
-        assert done.stdout == example.printed
+    for example, line in zip(RUN[page], done.stdout.splitlines(), strict=True):
+        if example.printed is not None:
+            assert json.loads(line) == example.printed, example.place
+
+
+@pytest.mark.parametrize("example", NOT_RUN_HERE, ids=[each.place for each in NOT_RUN_HERE])
+def test_a_block_that_is_not_run_is_python_and_has_a_reason(example: Example) -> None:
+    compile(example.code, example.place, "exec")
+    pytest.skip(f"{example.place} is not run: {example.reason}")
 
 
 def test_the_readme_has_an_example_that_runs() -> None:
@@ -152,3 +172,14 @@ def anchors(page: Path) -> set[str]:
 
 def test_the_readme_names_the_supported_versions_of_ray() -> None:
     assert f"`ray{engine.SUPPORTED_RAY}`" in (ROOT / "README.md").read_text()
+
+
+def test_each_error_can_be_looked_up() -> None:
+    public = {
+        name
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.AsyncSplitError)
+    }
+    page = ROOT / "docs" / "troubleshooting.md"
+    headings = {b.content for a, b in pairwise(tokens(page)) if a.type == "heading_open"}
+    assert public <= headings

@@ -1,0 +1,52 @@
+"""Each of the examples runs, with little data, and says what it should."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+RUNS: dict[str, list[tuple[str, str]]] = {
+    # The worker that died had seen 500 rows. Those that it had not committed came again.
+    "actors.py": [("--rows 4000 --epochs 2 --crash", r"rows: \[4000, (3[5-9]|40)00\]\n")],
+    "inference.py": [("--rows 600", r"sum of the answers: 359400\nbounded: True\n")],
+    "resume.py": [
+        ("state.json --rows 3000 --epochs 1 --workers 2 --stop-after 3", r"rows: 600\n"),
+        ("state.json --rows 3000 --epochs 1 --workers 3", r"rows: 2400\n"),
+    ],
+    "rl_loop.py": [("--prompts 400", r"prompts: 400\nlearnt: 400 trajectories, .* on average\n")],
+    "train_and_validate.py": [
+        ("--rows 8000 --epochs 2", r"(validated: 2 epochs, better: True\n){2}")
+    ],
+}
+"""Arguments of each run of an example, and what it prints."""
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_runs(example: Path, ray_cluster: None, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+        "RAY_LOG_TO_DRIVER": "0",
+    }
+    for arguments, printed in RUNS[example.name]:
+        done = subprocess.run(
+            [sys.executable, example, *arguments.split()],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        # Ray may have told of the worker that died, before.
+        assert re.search(rf"^{printed}\Z", done.stdout, re.M), done.stdout
