@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.nodes import BLOCKS, ROWS
+from tests.integration.nodes import BLOCKS
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,3 @@ def test_blocks_of_other_nodes_come_before_they_are_needed(places: Any) -> None:
     """As many as `prefetch_batches` says, which is 3."""
     assert places["large"] == [0, 1, 2, 3]
     assert set(range(33)) <= set(places["small"]) < set(range(80)), "and those fetched with them"
-
-
-def test_a_worker_lost_with_its_node_and_all_blocks_is_replaced(play: Any) -> None:
-    outcome = play("a worker's node is lost")
-    assert outcome["errors"] == []
-    assert outcome["rows"] == list(range(BLOCKS * ROWS)), "committed rows do not come again"
-    assert len(outcome["runs"]) > BLOCKS, "blocks were lost"
-
-
-def test_a_coordinator_lost_with_its_node_goes_on_elsewhere(play: Any) -> None:
-    outcome = play("the node the coordinator was put on is lost")
-    assert outcome["errors"] == []
-    assert outcome["rows"] == list(range(BLOCKS * ROWS))

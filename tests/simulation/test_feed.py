@@ -79,7 +79,7 @@ def test_small_blocks_of_another_node_are_sent_for_ahead_of_their_group() -> Non
             for ref in refs
         )
         coordinator: Any = Answers(
-            start_epoch=[Started(0, 10**6)], pull=[Delivery(0, slices, end=True)]
+            start_epoch=[Started(Position(0), 10**6)], pull=[Delivery(0, slices, end=True)]
         )
         feed = Feed(
             Consumer(coordinator, 0, 0),
