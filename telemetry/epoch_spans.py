@@ -113,12 +113,13 @@ class EpochSpans:
 
     @harmless
     def ended(self, outcome: str, ledger: Ledger, error: BaseException | None) -> None:
-        """End the epoch under way."""
-        if self._epoch is None:
+        """End the epoch under way and send it: a driver that ends kills the coordinator."""
+        if self._tracer is None or self._epoch is None:
             return
         epoch, self._epoch = self._epoch, None
         rows = sum(log.committed_rows for log in ledger.logs)
         finish(epoch.span, error, attributes={spans.OUTCOME: outcome, spans.ROWS: rows})
+        self._tracer.flush()
 
     @harmless
     def died(self, split: int) -> None:
