@@ -1,6 +1,6 @@
 """streaming_split() and iter_batches(): check the arguments, create the coordinator."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -108,7 +108,7 @@ def iter_batches(
     return iterator.iter_batches(**kwargs)
 
 
-def _check_cluster() -> dict[str, float]:
+def _check_cluster() -> Mapping[str, float]:
     """Return the cluster's resources."""
     if not ray.is_initialized():
         raise RuntimeError(
@@ -116,7 +116,7 @@ def _check_cluster() -> dict[str, float]:
             " created elsewhere. Call ray.init() and create the dataset again"
         )
     # Asks the cluster's head, which takes about a millisecond: no wait for anybody else.
-    resources: dict[str, float] = ray.cluster_resources()
+    resources: Mapping[str, float] = ray.cluster_resources()
     if not resources.get("CPU"):
         raise RuntimeError(
             "the Ray cluster has no CPUs, so the dataset cannot be executed: start Ray with"

@@ -23,6 +23,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.data import Dataset
 from ray.exceptions import RayActorError
+from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import asyncsplit
@@ -288,7 +289,7 @@ async def fetch_ahead(other: str, *, blocks: int, size_bytes: int, read: int) ->
     me = ray.get_runtime_context().get_node_id()
 
     def here() -> list[int]:
-        places = ray.experimental.get_object_locations(refs)
+        places = get_object_locations(refs)
         return [i for i, ref in enumerate(refs) if me in places[ref]["node_ids"]]
 
     async def three_more() -> bool:
