@@ -38,8 +38,9 @@ class Provider:
 
 
 def identity(span: ReadableSpan) -> SpanContext:
-    assert span.context is not None
-    return span.context
+    context: SpanContext | None = span.context
+    assert context is not None
+    return context
 
 
 class BrokenTracer:
