@@ -60,14 +60,7 @@ def streaming_split(
     options = options or SplitOptions()
     if not isinstance(options, SplitOptions):
         raise TypeError(f"options={options!r} must be an asyncsplit.SplitOptions")
-    if isinstance(equal, str) and equal != "pad":
-        raise ValueError(f"equal={equal!r} is unknown: use True, False or 'pad'")
-    if equal and options.routing == "demand":
-        raise ValueError(
-            f"equal={equal!r} cannot be combined with routing='demand': equal shares are decided by"
-            " rows. Use routing='rows', or equal=False"
-        )
-    shares: Equal = equal if equal == "pad" else bool(equal)
+    shares = check_equal(equal, options)
     hints = _check_hints(locality_hints, n)
     store_bytes = _check_cluster().get("object_store_memory")
     budget = prefetch_budget(options.prefetch_bytes, n, store_bytes)
@@ -106,6 +99,18 @@ def iter_batches(
     """
     (iterator,) = streaming_split(ds, 1, options=options)
     return iterator.iter_batches(**kwargs)
+
+
+def check_equal(equal: object, options: SplitOptions) -> Equal:
+    """Return how equal the shares are, or raise ValueError if these options rule that out."""
+    if isinstance(equal, str) and equal != "pad":
+        raise ValueError(f"equal={equal!r} is unknown: use True, False or 'pad'")
+    if equal and options.routing == "demand":
+        raise ValueError(
+            f"equal={equal!r} cannot be combined with routing='demand': equal shares are decided by"
+            " rows. Use routing='rows', or equal=False"
+        )
+    return "pad" if equal == "pad" else bool(equal)
 
 
 def _check_cluster() -> Mapping[str, float]:
