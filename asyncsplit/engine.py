@@ -304,6 +304,25 @@ def finalized(finalize: Callable[[Any], Any], batch: Any) -> Any:
     return result.data
 
 
+def in_train_worker() -> bool:
+    """Tell whether this process is a worker of Ray Train."""
+    # Nobody is one without that module, which takes seconds to import.
+    if "ray.train" not in sys.modules:
+        return False
+    from ray.train.utils import _in_ray_train_worker
+
+    return bool(_in_ray_train_worker())
+
+
+def to_tf_tensors(batch: Any, dtypes: Any) -> Any:
+    """Return a batch of TensorFlow tensors as Ray makes it of a NumPy batch."""
+    try:
+        from ray.data._internal.utils import tensorflow_utils
+    except ImportError:  # Ray 2.56
+        tensorflow_utils = importlib.import_module("ray.air._internal.tensorflow_utils")
+    return tensorflow_utils.convert_ndarray_batch_to_tf_tensor_batch(batch, dtypes=dtypes)
+
+
 class RemoteTraceback(Exception):
     """The text of a traceback from another process; the cause of an error that comes from there."""
 

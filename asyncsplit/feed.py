@@ -18,11 +18,12 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from asyncsplit import engine
+from asyncsplit.collate import Collated, Converted
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.ledger import Position
 from asyncsplit.core.progress import Progress, Reading
-from asyncsplit.pipeline import Pipeline, RowPipeline
+from asyncsplit.pipeline import Pipeline
 from asyncsplit.remote import Reply, ask, opened
 from asyncsplit.telemetry.state import ConsumerCounters, StreamTimes
 from asyncsplit.wire import Delivery, Rejoin, Slice, Started
@@ -56,7 +57,7 @@ class Feed:
         self,
         consumer: Consumer,
         stream: Stream,
-        pipeline: Pipeline | RowPipeline,
+        pipeline: Pipeline | Converted | Collated,
         *,
         prefetch_batches: int,
         batch_size: int | None,
@@ -164,8 +165,10 @@ class Feed:
             )
         )
 
-    def cause_of(self, wait: "Future[Any]") -> Literal["barrier", "data", "transfer"]:
-        """Tell what a future that `advance` returned stands for."""
+    def cause_of(self, wait: "Future[Any]") -> Literal["barrier", "data", "transfer", "conversion"]:
+        """Tell what a future stands for that `advance` returned, or the pipeline waits for."""
+        if wait is self._pipeline.conversion:
+            return "conversion"
         if self._starting is not None:
             return "barrier"
         return "data" if wait is self._pulling else "transfer"

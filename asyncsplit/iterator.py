@@ -1,27 +1,27 @@
 """AsyncDataIterator: what a worker holds of a split."""
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import ray
 from ray import cloudpickle
 from ray.data import DataContext, Schema
+from ray.data.dataset import MaterializedDataset
 
+from asyncsplit.batches import Batches
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.state import position_from, state_of
 from asyncsplit.errors import StateMismatchError
-from asyncsplit.formats import resolve_batch_format
 from asyncsplit.guard import DuringExecution
-from asyncsplit.pipeline import Pipeline, RowPipeline
 from asyncsplit.remote import Coordinator, answer, settled
-from asyncsplit.stream import BatchStream
 from asyncsplit.sync import SyncDataIterator
 from asyncsplit.telemetry.stream_spans import schema_span
 from asyncsplit.telemetry.tracing import Tracing
 from asyncsplit.wire import Status
 
 
-class AsyncDataIterator:
+class AsyncDataIterator(Batches):
     """One split of a dataset: iterate it once per epoch, from one place at a time.
 
     It holds a handle to the split's coordinator and two integers, never the dataset: it can be
@@ -66,61 +66,18 @@ class AsyncDataIterator:
         """Return how many splits there are."""
         return self._world_size
 
-    def iter_batches(
-        self,
-        *,
-        prefetch_batches: int = 1,
-        batch_size: int | None = 256,
-        batch_format: str | None = "default",
-        drop_last: bool = False,
-        local_shuffle_buffer_size: int | None = None,
-        local_shuffle_seed: int | None = None,
-    ) -> BatchStream[Any]:
-        """Return a stream of this split's batches; arguments as `ray.data.DataIterator`'s.
+    async def materialize(self) -> MaterializedDataset[Any]:
+        """Iterate one epoch and return this split's rows as a dataset.
 
-        Nothing happens before the first batch is asked for; then the stream waits until all
-        splits have arrived, and an epoch begins.
-
-        Args:
-            prefetch_batches: How many batches' blocks to fetch ahead; 0 to fetch nothing ahead.
-            batch_size: Rows in a batch; None for whole blocks.
-            batch_format: ``"default"`` or ``"numpy"`` for a dict of arrays, ``"pandas"``,
-                ``"pyarrow"``, or None for blocks as they are.
-            drop_last: Drop the last batch if it is not full.
-            local_shuffle_buffer_size: Shuffle rows in a buffer of at least so many rows.
-            local_shuffle_seed: Seed of that shuffle; the same in each epoch.
-
-        Raises:
-            TypeError: If an argument has the wrong type.
-            ValueError: If an argument's value is not allowed.
+        As in any epoch, all splits have to take part. The blocks are copied into the object store,
+        where they are twice for a moment. This process owns the copies, so the dataset outlives
+        the split, but not this process. If cancelled, the split is released and nothing is kept.
         """
-        _at_least(0, prefetch_batches=prefetch_batches)
-        if batch_size is not None:
-            _at_least(1, batch_size=batch_size)
-        if local_shuffle_buffer_size is not None:
-            _at_least(1, local_shuffle_buffer_size=local_shuffle_buffer_size)
-            if batch_size is None:
-                raise ValueError(
-                    f"local_shuffle_buffer_size={local_shuffle_buffer_size} needs a batch_size:"
-                    " whole blocks cannot be shuffled"
-                )
-        if local_shuffle_seed is not None:
-            _at_least(0, local_shuffle_seed=local_shuffle_seed)
-        pipeline = partial(
-            Pipeline,
-            batch_size=batch_size,
-            batch_format=resolve_batch_format(batch_format),
-            drop_last=bool(drop_last),
-            shuffle_buffer_size=local_shuffle_buffer_size,
-            shuffle_seed=local_shuffle_seed,
+        async with self.iter_batches(batch_size=None, batch_format=None) as stream:
+            blocks = [block async for block in stream]
+        return cast(
+            "MaterializedDataset[Any]", await asyncio.to_thread(ray.data.from_blocks, blocks)
         )
-        return BatchStream(
-            self._consumer, pipeline, prefetch_batches=prefetch_batches, batch_size=batch_size
-        )
-
-    def iter_rows(self) -> BatchStream[dict[str, Any]]:
-        """Return a stream of this split's rows, each a dict."""
-        return BatchStream(self._consumer, RowPipeline, prefetch_batches=1, batch_size=None)
 
     def state_dict(self, *, batch_finished: bool = False) -> dict[str, Any]:
         """Return where the training loop stands: a few integers, JSON-serialisable, at once.
@@ -222,11 +179,3 @@ class AsyncDataIterator:
 def _restore(packed: bytes) -> AsyncDataIterator:
     coordinator, split_index, world_size, tracing = cloudpickle.loads(packed)
     return AsyncDataIterator(coordinator, split_index, world_size, len(packed), tracing=tracing)
-
-
-def _at_least(low: int, **argument: object) -> None:
-    ((name, value),) = argument.items()
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} must be an int")
-    if value < low:
-        raise ValueError(f"{name}={value} must be {low} or more")

@@ -9,7 +9,7 @@ import secrets
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 from ray.data.block import Block
@@ -38,6 +38,9 @@ class Pipeline:
     If a conversion fails, the error is raised once and StopIteration from then on.
     """
 
+    conversion: ClassVar[None] = None
+    """All there is to wait for is input, unlike in `asyncsplit.collate`."""
+
     def __init__(
         self,
         *,
@@ -46,13 +49,17 @@ class Pipeline:
         drop_last: bool = False,
         shuffle_buffer_size: int | None = None,
         shuffle_seed: int | None = None,
+        pandas_as_arrow: bool = False,
     ) -> None:
         """Start without input; arguments as those of ``ray.data.DataIterator.iter_batches``.
+
+        With ``pandas_as_arrow`` batches from pandas blocks are Arrow tables, whatever the format.
 
         Raises:
             ValueError: If the format is unknown, or rows are to be shuffled without a batch size.
         """
         self._format = resolve_batch_format(batch_format)
+        self._pandas_format = "pyarrow" if pandas_as_arrow else self._format
         self._size = batch_size
         self._drop_last = drop_last
         self.blocks: deque[Block] = deque()
@@ -168,8 +175,12 @@ class Pipeline:
     @property
     def padded_rows(self) -> int:
         """Rows handed out that repeat others."""
+        return self.padded_among(self.rows_out)
+
+    def padded_among(self, rows: int) -> int:
+        """Return how many of the first so many rows handed out repeat others."""
         padding = self._padding if self._shuffle is None else self._shuffle.padding
-        return bisect_left(padding, self.rows_out)
+        return bisect_left(padding, rows)
 
     @property
     def rows_buffered(self) -> int:
@@ -198,7 +209,7 @@ class Pipeline:
             if self._format == "numpy" and isinstance(block, pa.Table):
                 batch = [Slab(block, "numpy").batch(0, rows)]
             else:
-                batch = [to_batch(block, self._format)]
+                batch = [to_batch(block, self._format_for(block))]
             del block
             self.rows_out += rows
             self._whole_blocks += 1
@@ -212,7 +223,7 @@ class Pipeline:
             if block is None:
                 yield None
                 continue
-            runs = self._runs(Slab(block, self._format), size)
+            runs = self._runs(Slab(block, self._format_for(block)), size)
             del block
             while runs:
                 columns, batches, number = runs.pop()
@@ -244,6 +255,9 @@ class Pipeline:
             yield last.pop()
         if self._shuffle is not None:
             self._shuffle.finish()
+
+    def _format_for(self, block: Block) -> str | None:
+        return self._format if isinstance(block, pa.Table) else self._pandas_format
 
     def _runs(self, slab: Slab, size: int) -> list[Run]:
         """Return the full batches that a block makes possible, the first of them last."""

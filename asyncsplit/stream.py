@@ -16,12 +16,13 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
+from asyncsplit.collate import Collated, Converted
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.ledger import Position
 from asyncsplit.core.state import check_shuffle
 from asyncsplit.errors import ConsumerConflictError, StreamClosedError
 from asyncsplit.feed import Feed
-from asyncsplit.pipeline import Pipeline, RowPipeline
+from asyncsplit.pipeline import Pipeline
 from asyncsplit.remote import settled
 from asyncsplit.telemetry.tracing import FLUSH_S
 
@@ -83,7 +84,7 @@ class BatchStream(Generic[T]):
     def __init__(
         self,
         consumer: Consumer,
-        pipeline: Callable[[], Pipeline | RowPipeline],
+        pipeline: Callable[[], Pipeline | Converted | Collated],
         *,
         prefetch_batches: int,
         batch_size: int | None,
@@ -169,7 +170,11 @@ class BatchStream(Generic[T]):
             await asyncio.sleep(0)
             if (feed := self._feed) and (lag_s := perf_counter() - paused) > feed.times.lag_s:
                 feed.times.lag_s = lag_s
-        batch = next(self._batches, _END)
+        try:
+            batch = next(self._batches, _END)
+        except Exception:
+            self._release(_Phase.ENDED)
+            raise
         if batch is None:
             self._loop = asyncio.get_running_loop()
             with contextlib.closing(self._wait(now)) as waits:
@@ -198,7 +203,11 @@ class BatchStream(Generic[T]):
         now = perf_counter()
         if now >= self._yield_at:
             self._check(now)
-        batch = next(self._batches, _END)
+        try:
+            batch = next(self._batches, _END)
+        except Exception:
+            self._release(_Phase.ENDED)
+            raise
         if batch is None:
             with contextlib.closing(self._wait(now)) as waits:
                 for future in waits:
@@ -295,7 +304,8 @@ class BatchStream(Generic[T]):
             feed.spans.waits()
         try:
             while (batch := next(self._batches, _END)) is None:
-                if (future := feed.advance(self._finished_rows)) is not None:
+                future = self._pipeline.conversion or feed.advance(self._finished_rows)
+                if future is not None:
                     cause, began = feed.cause_of(future), perf_counter()
                     try:
                         yield future
@@ -328,6 +338,8 @@ class BatchStream(Generic[T]):
             prefetch_batches=self._prefetch,
             batch_size=self._batch_size,
         )
+        if isinstance(self._pipeline, Collated):
+            self._pipeline.draw_from(self._feed.advance)
         return self._feed
 
     def _take_ready(self) -> object:

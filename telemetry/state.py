@@ -131,13 +131,15 @@ class StreamTimes:
         """Note that the loop has to wait for what it asked for."""
         self.waiting_since = max(asked_at, self.began)
 
-    def waited_for(self, cause: Literal["barrier", "data", "transfer"], seconds: float) -> None:
-        """Note what the loop waited for."""
+    def waited_for(
+        self, cause: Literal["barrier", "data", "transfer", "conversion"], seconds: float
+    ) -> None:
+        """Note what the loop waited for; conversion is what is left of the wait."""
         if cause == "barrier":
             self.barrier_s += seconds
         elif cause == "data":
             self.data_s += seconds
-        else:
+        elif cause == "transfer":
             self.transfer_s += seconds
 
     def got(self, now: float, *, batch: bool) -> float:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,6 +90,7 @@ def test_the_installed_ray_is_supported() -> None:
         (f"{SOURCES}.AbstractFrom._get_args", ["self"], {}),
         (f"{SOURCES}.InputData._get_args", ["self"], {}),
         ("ray.data.Schema", ["schema"], {"data_context": None}),
+        ("ray.train.utils._in_ray_train_worker", [], {}),
         ("ray._private.worker.global_worker.deserialize_objects", [["value"], ["ref"]], {}),
         ("ray._raylet.CoreWorker.get_objects", ["self", ["ref"]], {"timeout_ms": 0}),
         ("ray._private.node.Node.get_session_dir_path", ["self"], {}),
@@ -96,6 +99,16 @@ def test_the_installed_ray_is_supported() -> None:
 )
 def test_a_call_is_taken(path: str, args: list[object], kwargs: dict[str, object]) -> None:
     assert takes(path, *args, **kwargs), moved(f"{path}, called with {args} {kwargs},")
+
+
+def test_tensorflow_tensors_are_made_by_ray() -> None:
+    # Its module cannot be imported without TensorFlow.
+    package = "ray.data._internal.utils.tensorflow_utils"
+    found = importlib.util.find_spec(package)
+    assert found is not None, moved(package)
+    assert found.origin is not None
+    source = Path(found.origin).read_text()
+    assert "def convert_ndarray_batch_to_tf_tensor_batch(" in source, moved(package)
 
 
 def test_the_bundle_iterator_is_built_from_an_executor() -> None:
