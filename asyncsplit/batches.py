@@ -1,7 +1,8 @@
 """Batches: the ways to iterate a split, with the arguments of `ray.data.DataIterator`.
 
 Frameworks take seconds to import, so each is imported when batches of its tensors are asked for. To
-keep an event loop free of that, import it before the loop runs, as a training script does anyway.
+keep an event loop free of that, import it before the loop runs, as a training script does anyway;
+with JAX, have it look for devices too: ``jax.devices()``.
 """
 
 from collections.abc import Callable

@@ -114,7 +114,14 @@ async def _is_running() -> bool:
     return bool(threads())
 
 
+@pytest.fixture
+def _jax_is_up() -> None:
+    # As a training script does before its loop: JAX looks for devices, and reads files for that.
+    jax.devices()
+
+
 @pytest.mark.asyncio
+@pytest.mark.usefixtures("_jax_is_up")
 async def test_each_framework_gets_its_tensors_and_a_dataset_its_rows() -> None:
     its = split(n=2)
 
