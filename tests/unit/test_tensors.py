@@ -270,7 +270,7 @@ def test_tensorflow_tensors_are_those_of_ray_data(name: str) -> None:
     blocks = TABLES[name]()
     for size, drop in SIZES:
         stage = tf_batches.recipe(None).pipeline(ahead=2, batch_size=size, drop_last=drop)
-        theirs = Theirs(blocks).iter_tf_batches(batch_size=size, drop_last=drop)
+        theirs: Any = Theirs(blocks).iter_tf_batches(batch_size=size, drop_last=drop)
         for one, other in zip(drain(stage, blocks), theirs, strict=True):
             assert list(one) == list(other)
             for column in one:
