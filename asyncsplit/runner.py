@@ -66,7 +66,7 @@ class EpochRunner:
     ) -> None:
         """Set up; nothing runs until all splits have arrived."""
         self._n = n
-        self._equal = equal
+        self._equal: Equal = equal
         self._hints = hints
         self._keeps_order = keeps_order
         self._options = options

@@ -127,7 +127,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def start(self, n: int, mode: tuple[Equal, str], leavers: int) -> None:
         self.n = n
         self.leavers = leavers
-        self.equal, self.routing = mode
+        self.equal: Equal = mode[0]
+        self.routing = mode[1]
         self.begin({})
 
     def begin(self, resume: dict[int, Position]) -> None:
