@@ -120,7 +120,7 @@ class SplitOptions:
 
     coordinator_node_id: str | None = None
     """Id of the Ray node to run the coordinator on; None for the one that the split is created on.
-    Should that node be lost, Ray restarts the coordinator on another one, if its creator lives."""
+    Ray may restart it on another one should that node be lost and the split's creator live."""
 
     epochs: int | None = None
     """How many epochs there will be, if that is known. The executor then starts on the next one as
