@@ -79,7 +79,7 @@ clean: ## Remove everything that was generated, the virtual environments too
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: PACKAGES = --editable '.[dev,demo,bench,docs]'
-$(VENV_LOWEST)/.installed: PACKAGES = --editable '.[dev]' --constraint $(VENV_LOWEST).txt
+$(VENV_LOWEST)/.installed: PACKAGES = --editable '.[dev,demo]' --constraint $(VENV_LOWEST).txt
 $(VENV_LOWEST)/.installed: $(VENV_LOWEST).txt
 $(VENV)/.installed $(VENV_LOWEST)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { \

@@ -76,8 +76,7 @@ def streaming_split(
             max_task_retries=-1 if options.coordinator_max_restarts else 0,
             # Two calls of each consumer wait at a time; the rest is for everything else.
             max_concurrency=8 * n + 100,
-            # Soft: a restart may go elsewhere, if that node is lost.
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=True),
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
         .remote(n, shares, hints, replace(options, prefetch_bytes=budget), *pieces)  # type: ignore[assignment]
     )

@@ -120,7 +120,7 @@ class SplitOptions:
 
     coordinator_node_id: str | None = None
     """Id of the Ray node to run the coordinator on; None for the one that the split is created on.
-    Ray may restart it on another one should that node be lost and the split's creator live."""
+    If that node is lost, the split ends in `CoordinatorLostError`."""
 
     epochs: int | None = None
     """How many epochs there will be, if that is known. The executor then starts on the next one as

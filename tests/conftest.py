@@ -5,6 +5,7 @@ import functools
 import inspect
 import logging
 import os
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 
@@ -34,6 +35,11 @@ def _register_hypothesis_profiles() -> None:
 
 
 _register_hypothesis_profiles()
+
+# A shell that runs the tests in the background has Ctrl-C ignored, and so would have all that the
+# tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -218,22 +218,6 @@ async def lose_a_worker(cluster: Cluster, directory: str) -> Outcome:
         return await outcome(its, [its[0].iter_batches(), stream], seen, diary)
 
 
-async def lose_a_placed_coordinator(cluster: Cluster, directory: str) -> Outcome:
-    """Kill the node on which the coordinator was put, and nothing else."""
-    lost = cluster.add_node(num_cpus=0)
-    with node(cluster):
-        ds, diary, go = gated(directory)
-        ds.context.execution_options.preserve_order = True
-        options = SplitOptions(coordinator_node_id=lost.node_id)
-        its = asyncsplit.streaming_split(ds, 2, options=options)
-        streams = [it.iter_batches(batch_size=ROWS) for it in its]
-        seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
-        assert (await its[0].status()).node_id == lost.node_id
-        cluster.remove_node(lost, allow_graceful=False)
-        go.touch()
-        return await outcome(its, streams, seen, diary)
-
-
 class Blocks(TypedDict):
     """How many blocks came to consumers, by where they were produced."""
 
@@ -332,7 +316,6 @@ PLAYS: dict[str, Any] = {
     "blocks are lost for good": lambda *where: lose_blocks(*where, max_retries=0),
     "out of memory": run_out_of_memory,
     "the coordinator's node is lost": lose_the_coordinator,
-    "the node the coordinator was put on is lost": lose_a_placed_coordinator,
     "a worker's node is lost": lose_a_worker,
     "blocks and nodes": place,
 }

@@ -141,3 +141,9 @@ def test_running_out_of_memory_again_and_again_is_an_error_for_all(play: Any) ->
 def test_the_loss_of_the_coordinators_node_is_an_error_for_all(play: Any) -> None:
     outcome = play("the coordinator's node is lost")
     assert [classes[0] for classes in outcome["errors"]] == ["CoordinatorLostError"] * 2
+
+
+def test_a_worker_lost_with_its_node_and_all_blocks_is_replaced(play: Any) -> None:
+    outcome = play("a worker's node is lost")
+    assert outcome["errors"] == []
+    assert outcome["rows"] == list(range(BLOCKS * ROWS))
