@@ -15,7 +15,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -113,6 +113,8 @@ def test_of_many_splits_the_worst_are_shown_and_all_are_summed() -> None:
     assert [row.split for row in present(before, after).rows] == worst, "by stall"
 
 
+# Each example renders and parses all metrics twice, some 50 ms.
+@settings(max_examples=100)
 @given(
     st.sampled_from(SORT_KEYS),
     st.lists(st.tuples(st.integers(0, 50), st.floats(0, 9), st.floats(0, 1)), min_size=1),
