@@ -7,23 +7,19 @@ The session's cluster has one node, which has to stay. Each line of the input na
 import asyncio
 import json
 import os
-import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict, cast
-from urllib.request import urlopen
+from typing import Any, TypedDict
 
 import numpy as np
-import pyarrow as pa
 import ray
 from ray.cluster_utils import Cluster
 from ray.data import Dataset
 from ray.exceptions import RayActorError
-from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import asyncsplit
@@ -218,106 +214,12 @@ async def lose_a_worker(cluster: Cluster, directory: str) -> Outcome:
         return await outcome(its, [its[0].iter_batches(), stream], seen, diary)
 
 
-class Blocks(TypedDict):
-    """How many blocks came to consumers, by where they were produced."""
-
-    local: int
-    remote: int
-    unknown: int
-
-
-async def read_on_two_nodes(directory: str, nodes: list[str], hints: list[str]) -> Blocks:
-    """Have blocks made on two nodes, and a consumer on each."""
-    here = tempfile.mkdtemp(dir=directory)
-
-    def produce(batch: Any) -> Any:
-        # Else one node could be through before the other has started a worker.
-        Path(here, ray.get_runtime_context().get_node_id()).touch()
-        while len(list(Path(here).iterdir())) < 2:
-            time.sleep(0.01)
-        time.sleep(0.02)
-        return {"id": batch["id"], "payload": np.zeros((ROWS, PAYLOAD), np.uint8)}
-
-    ds = ray.data.range(2 * BLOCKS * ROWS, override_num_blocks=2 * BLOCKS).map_batches(produce)
-    its = asyncsplit.streaming_split(ds, 2, locality_hints=hints)
-    readers = [reader(it, at) for it, at in zip(its, nodes, strict=True)]
-    await asyncio.gather(*(each.next.remote() for each in readers))
-    await eventually(lambda: holds(its[0], 2 * BLOCKS))
-    await asyncio.gather(*(each.rest.remote() for each in readers))
-    url = await its[0].metrics_url()
-    assert url is not None
-    text = await asyncio.to_thread(lambda: urlopen(url).read().decode())
-    counts = re.findall(r'located_blocks_total\{.*location="(\w+)"\} (\d+)', text)
-    return cast("Blocks", {where: int(count) for where, count in counts})
-
-
-class Owner:
-    """Owns the blocks of a dataset."""
-
-    def make(self, blocks: int, size_bytes: int) -> list["ray.ObjectRef[Any]"]:
-        return [
-            ray.put(pa.table({"id": [block], "payload": pa.array([bytes(size_bytes)])}))
-            for block in range(blocks)
-        ]
-
-
-async def fetch_ahead(other: str, *, blocks: int, size_bytes: int, read: int) -> list[int]:
-    """Read some blocks of another node, and no more; return which then are on this one.
-
-    That is as soon as the three after them are here.
-    """
-    there = NodeAffinitySchedulingStrategy(other, soft=False)
-    owner: Any = ray.remote(Owner).options(num_cpus=0, scheduling_strategy=there).remote()
-    refs = await owner.make.remote(blocks, size_bytes)
-    (it,) = asyncsplit.streaming_split(ray.data.from_arrow_refs(refs), 1)
-    me = ray.get_runtime_context().get_node_id()
-
-    def here() -> list[int]:
-        places = get_object_locations(refs)
-        return [i for i, ref in enumerate(refs) if me in places[ref]["node_ids"]]
-
-    async def three_more() -> bool:
-        return set(range(read, read + 3)) <= set(here())
-
-    async with it.iter_batches(batch_size=1, prefetch_batches=3) as stream:
-        for _ in range(read):
-            await anext(stream)
-        await eventually(three_more)
-        return here()
-
-
-class Places(TypedDict):
-    """What is where, with two nodes beside the driver's."""
-
-    followed: Blocks
-    """With hints that say where the consumers are."""
-    swapped: Blocks
-    """With hints that say the opposite."""
-    large: list[int]
-    """Blocks on the consumer's node while it holds block 0 of 8."""
-    small: list[int]
-    """The same of small ones, while it holds block 29 of 80."""
-
-
-async def place(cluster: Cluster, directory: str) -> Places:
-    """See where blocks are."""
-    with node(cluster) as one, node(cluster) as other:
-        nodes = [one.node_id, other.node_id]
-        return Places(
-            followed=await read_on_two_nodes(directory, nodes, nodes),
-            swapped=await read_on_two_nodes(directory, nodes, nodes[::-1]),
-            large=await fetch_ahead(nodes[0], blocks=8, size_bytes=2 * MB, read=1),
-            small=await fetch_ahead(nodes[0], blocks=80, size_bytes=MB // 8, read=30),
-        )
-
-
 PLAYS: dict[str, Any] = {
     "blocks are lost": lose_blocks,
     "blocks are lost for good": lambda *where: lose_blocks(*where, max_retries=0),
     "out of memory": run_out_of_memory,
     "the coordinator's node is lost": lose_the_coordinator,
     "a worker's node is lost": lose_a_worker,
-    "blocks and nodes": place,
 }
 
 
