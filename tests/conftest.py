@@ -20,7 +20,7 @@ PACKAGE = asyncsplit.__path__[0] + os.sep
 RAY = ray.__path__[0] + os.sep
 
 # A hung async test fails on its own, with its stack, before pytest-timeout ends the whole run.
-ASYNC_TEST_LIMIT_S = 100
+ASYNC_TEST_LIMIT_S = 200
 
 
 def _register_hypothesis_profiles() -> None:
