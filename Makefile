@@ -34,10 +34,11 @@ test: venv ## Run every test, with coverage
 test-unit: venv ## Run the tests that need no Ray cluster
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
-# The examples and the documentation are written for the newest.
+# The examples, the documentation and those of Ray Train are written for the newest.
 test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest supported versions, of Ray too
 	$(VENV_LOWEST)/bin/python -m pytest tests/unit tests/integration $(PARALLEL) \
-		--ignore=tests/integration/test_examples.py --ignore=tests/integration/test_docs.py $(ARGS)
+		--ignore=tests/integration/test_examples.py --ignore=tests/integration/test_docs.py \
+		--ignore=tests/integration/test_train.py $(ARGS)
 
 dist: venv ## Build wheel and sdist, and try the wheel in an environment of its own
 	rm -rf dist $(VENV_WHEEL)

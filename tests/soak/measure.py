@@ -67,7 +67,8 @@ def held(root: Any) -> Held:
         fds=len(os.listdir("/proc/self/fd")),
         objects=len(objects),
         own_objects=sum(map(_is_own, objects)),
-        tasks=sum(isinstance(it, asyncio.Task) and not it.done() for it in objects),
+        # Not isinstance: it asks for the class, and an object of PyTorch's answers with a warning.
+        tasks=sum(issubclass(type(it), asyncio.Task) and not it.done() for it in objects),
         containers=dict(_containers(root)),
     )
 
