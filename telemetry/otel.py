@@ -19,6 +19,7 @@ from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 import asyncsplit
 from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot, Value
 from asyncsplit.telemetry.collector import PAUSE_S, bound_labels
+from asyncsplit.telemetry.complaints import overheard
 from asyncsplit.telemetry.state import CoordinatorState, Exemplar
 
 SCOPE = "asyncsplit"
@@ -138,7 +139,7 @@ class Export:
         """Send what is true now; blocks until it has arrived.
 
         Raises:
-            ConnectionError: If it has not arrived in `EXPORT_TIMEOUT_S`; the exporter logs why.
+            ConnectionError: If it has not arrived in `EXPORT_TIMEOUT_S`; with why.
         """
         from opentelemetry.sdk.metrics.export import (
             MetricExportResult,
@@ -152,8 +153,10 @@ class Export:
         metrics = [self._metric(metric, now_ns) for metric in CATALOG]
         scope = ScopeMetrics(InstrumentationScope(SCOPE, asyncsplit.__version__), metrics, "")
         data = MetricsData([ResourceMetrics(self._resource, [scope], "")])
-        if self._exporter.export(data) is not MetricExportResult.SUCCESS:
-            raise ConnectionError(f"nothing arrived at {self.endpoint}")
+        with overheard(self._exporter.__module__) as said:
+            result = self._exporter.export(data)
+        if result is not MetricExportResult.SUCCESS:
+            raise ConnectionError(said[0] if said else f"nothing arrived at {self.endpoint}")
 
     def close(self) -> None:
         """Give up what is being sent."""

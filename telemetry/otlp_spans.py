@@ -3,8 +3,8 @@
 Imported only when it is needed: it takes the SDK, which takes a third of a second to import.
 """
 
-import contextvars
 import logging
+import time
 from collections.abc import Mapping, Sequence
 
 from opentelemetry.exporter.otlp.proto.http import trace_exporter
@@ -13,14 +13,9 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 
 from asyncsplit.telemetry import tracing
+from asyncsplit.telemetry.complaints import Complaints, overheard
 
 logger = logging.getLogger(__name__)
-
-_quiet = contextvars.ContextVar("_quiet", default=False)
-"""Whether an export is tried again after one that failed and was logged."""
-
-# The exporter logs every attempt, for days if a job runs that long without its receiver.
-logging.getLogger(trace_exporter.__name__).addFilter(lambda record: not _quiet.get())
 
 
 class PushingProvider(TracerProvider):
@@ -35,7 +30,7 @@ class PushingProvider(TracerProvider):
     @property
     def failing(self) -> bool:
         """Whether what was sent last has not arrived."""
-        return self._exporter.failing
+        return self._exporter.complaints.failing
 
     def close(self) -> None:
         """Send what is left if the receiver was there the last time; blocks for a few seconds."""
@@ -46,28 +41,29 @@ class PushingProvider(TracerProvider):
 
 class _Exporter(SpanExporter):
     def __init__(self, endpoint: str) -> None:
-        self._endpoint = endpoint
         self._exporter = trace_exporter.OTLPSpanExporter(endpoint, timeout=tracing.EXPORT_TIMEOUT_S)
         self._closed = False
-        self.failing = False
+        self.complaints = Complaints(
+            f"Spans to {endpoint}", "They are lost; later ones are tried again."
+        )
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         if self._closed:
             return SpanExportResult.FAILURE
-        token = _quiet.set(self.failing)
-        try:
-            result = self._exporter.export(spans)
-        except Exception:  # which some versions of it raise
-            result = SpanExportResult.FAILURE
-        finally:
-            _quiet.reset(token)
-        if result is not SpanExportResult.SUCCESS and not self.failing:
-            logger.warning(
-                "Spans cannot be sent to %s, and are lost. Later ones are tried again, without"
-                " another warning; everything else works.",
-                self._endpoint,
-            )
-        self.failing = result is not SpanExportResult.SUCCESS
+        with overheard(trace_exporter.__name__) as said:
+            try:
+                result = self._exporter.export(spans)
+            except Exception as error:  # which some versions of it raise
+                result = SpanExportResult.FAILURE
+                said.append(str(error))
+        now = time.monotonic()
+        if result is SpanExportResult.SUCCESS:
+            line = self.complaints.arrived(now)
+        else:
+            line = self.complaints.failed(now, said[0] if said else "no answer")
+        if line is not None:
+            # Good news, too: at another level it would be missing where the bad was seen.
+            logger.warning("%s", line)
         return result
 
     def shutdown(self) -> None:

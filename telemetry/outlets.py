@@ -2,12 +2,14 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry import otel, ray_metrics
+from asyncsplit.telemetry.complaints import Complaints
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import CoordinatorState
 
@@ -29,8 +31,7 @@ class Outlets:
         self._pushers: list[_Pusher] = []
         if config.otlp_endpoint is not None:
             export = partial(otel.Export, state, config.otlp_endpoint)
-            name = f"OTLP to {config.otlp_endpoint}"
-            self._pushers.append(_Pusher(export, config.push_interval_s, name))
+            self._pushers.append(_Pusher(export, config.push_interval_s, config.otlp_endpoint))
         if config.ray_metrics:
             bridge = partial(ray_metrics.Bridge, state)
             self._pushers.append(_Pusher(bridge, config.push_interval_s, "Ray's metrics agent"))
@@ -84,6 +85,9 @@ class _Pusher:
         self._make = make
         self._interval_s = interval_s
         self._name = name
+        self._complaints = Complaints(
+            f"Metrics to {name}", f"That is tried again every {interval_s:g} s."
+        )
         self._outlet: _Outlet | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="asyncsplit-push", daemon=True)
@@ -106,22 +110,16 @@ class _Pusher:
                 "No metrics are pushed to %s: %s. Everything else works.", self._name, error
             )
             return
-        failing = False
         while True:
             last = self._stopped.wait(self._interval_s)
             try:
                 outlet.push()
             except Exception as error:
-                if not (failing or last):
-                    logger.warning(
-                        "Metrics cannot be pushed to %s: %s. That is tried again every %g s;"
-                        " everything else works.",
-                        self._name,
-                        error,
-                        self._interval_s,
-                    )
-                failing = True
+                line = self._complaints.failed(time.monotonic(), error)
             else:
-                failing = False
+                line = self._complaints.arrived(time.monotonic())
             if last:
                 return
+            if line is not None:
+                # Good news, too: at another level it would be missing where the bad was seen.
+                logger.warning("%s", line)

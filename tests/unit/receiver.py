@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 class Receiver:
     """Every request it got, decoded."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.requests: queue.Queue[ExportMetricsServiceRequest] = queue.Queue()
         self.traces: queue.Queue[ExportTraceServiceRequest] = queue.Queue()
         receiver = self
@@ -31,8 +31,9 @@ class Receiver:
 
             def log_message(self, format: str, *args: Any) -> None: ...
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        address = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.port = self._server.server_address[1]
+        address = f"http://127.0.0.1:{self.port}"
         self.url = f"{address}/v1/metrics"
         self.traces_url = f"{address}/v1/traces"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-import socket
+import queue
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, Metric
-from asyncsplit.telemetry.otel import Export
+from asyncsplit.telemetry.complaints import Complaints, overheard
 from asyncsplit.telemetry.outlets import Outlets
 from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState, Exemplar
 from tests.unit.receiver import Receiver
@@ -167,28 +167,56 @@ def test_a_missing_exporter_is_one_warning_that_names_the_extra(
     assert "pip install 'asyncsplit[otel]'" in warning
 
 
-def test_a_receiver_that_is_not_there_is_one_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def lines() -> Iterator[queue.SimpleQueue[str]]:
+    """Return what is logged, by anybody, as it comes."""
+    logged: queue.SimpleQueue[str] = queue.SimpleQueue()
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: logged.put(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    yield logged
+    logging.getLogger().removeHandler(handler)
+
+
+def test_a_receiver_that_goes_away_and_comes_back_is_two_lines(
+    monkeypatch: pytest.MonkeyPatch, lines: queue.SimpleQueue[str]
 ) -> None:
     monkeypatch.setattr("asyncsplit.telemetry.otel.EXPORT_TIMEOUT_S", 0.1)
-    pushed = threading.Semaphore(0)
-    push = Export.push
+    with contextlib.ExitStack() as stack:
+        with contextlib.closing(Receiver()) as receiver:
+            stack.enter_context(outlets(busy(), otlp_endpoint=receiver.url, push_interval_s=0.01))
+            receiver.requests.get(timeout=30)
+        gone = lines.get(timeout=30)
+        with contextlib.closing(Receiver(receiver.port)) as back:
+            returned = lines.get(timeout=30)
+            back.requests.get(timeout=30)
+            stack.close()
+    assert f"Metrics to {receiver.url} do not arrive: " in gone
+    assert "Everything else works" in gone
+    assert f"Metrics to {receiver.url} arrive again, after " in returned
+    assert lines.empty(), "neither ours nor the exporter's"
 
-    def counted(self: Export) -> None:
-        try:
-            push(self)
-        finally:
-            pushed.release()
 
-    monkeypatch.setattr(Export, "push", counted)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1/metrics"
-    with outlets(busy(), otlp_endpoint=url, push_interval_s=0.01):
-        for _ in range(3):
-            pushed.acquire()
-    (warning,) = warnings_of(caplog)
-    assert url in warning
-    assert "everything else works" in warning
+def test_others_that_use_the_exporter_go_on_logging(lines: queue.SimpleQueue[str]) -> None:
+    exporter = logging.getLogger("opentelemetry.exporter.of.somebody")
+    with overheard(exporter.name) as said:
+        exporter.warning("ours")
+        thread = threading.Thread(target=exporter.warning, args=["theirs"])
+        thread.start()
+        thread.join()
+    exporter.warning("later")
+    assert said == ["ours"]
+    assert [lines.get(timeout=0) for _ in range(2)] == ["theirs", "later"]
+
+
+def test_a_receiver_that_stays_away_is_told_of_less_and_less_often() -> None:
+    complaints = Complaints("Metrics to X", "That is tried again.")
+    told = [second for second in range(0, 10_000, 5) if complaints.failed(second, "refused")]
+    assert told == [0, 60, 120, 240, 480, 960, 1920, 3840, 7680]
+    assert complaints.arrived(10_000) == "Metrics to X arrive again, after 2h46m"
+    assert not complaints.failing
+    assert complaints.arrived(10_001) is None
+    assert complaints.failed(10_002, "refused") is not None, "another failure is news"
 
 
 @pytest.mark.parametrize("broken", [lambda: 1 / 0, lambda: None], ids=["raises", "none"])

@@ -473,14 +473,12 @@ def test_a_receiver_that_is_not_there_is_one_warning_and_is_not_waited_for_again
     if (flushed := tracer.flush()) is not None:
         flushed.result(30)
     assert tracer.flush() is None
-    before = len(caplog.records)
     epoch.opened(1, [0])
     epoch.close()
     tracer._provider.force_flush()  # type: ignore[attr-defined]
-    assert len(caplog.records) == before, "what is tried again is not logged again"
-    (warning,) = warnings_of(caplog)
+    (warning,) = [record.getMessage() for record in caplog.records]
     assert url in warning
-    assert "everything else works" in warning
+    assert "Everything else works" in warning
     began = time.monotonic()
     tracer._provider.close()  # type: ignore[attr-defined]
     assert time.monotonic() - began < 30, "the SDK's own patience"
