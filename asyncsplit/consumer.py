@@ -10,7 +10,7 @@ from asyncsplit.core.epochs import Stream
 from asyncsplit.core.ledger import Position
 from asyncsplit.errors import ConsumerConflictError
 from asyncsplit.remote import Coordinator
-from asyncsplit.telemetry.state import ConsumerCounters, StreamTimes
+from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes
 from asyncsplit.telemetry.stream_spans import StreamSpans
 from asyncsplit.telemetry.tracing import Tracer, Tracing
 

@@ -25,10 +25,11 @@ from asyncsplit.journal import Journal
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import unpack
 from asyncsplit.runner import EpochRunner
+from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.epoch_spans import EpochSpans
 from asyncsplit.telemetry.outlets import Outlets
 from asyncsplit.telemetry.spans import SLICES
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.summary import summary
 from asyncsplit.telemetry.tracing import Carrier, Tracing
 from asyncsplit.wire import Delivery, Rejoin, Started, Status, replies

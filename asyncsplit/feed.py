@@ -25,7 +25,7 @@ from asyncsplit.core.ledger import Position
 from asyncsplit.core.progress import Progress, Reading
 from asyncsplit.pipeline import Pipeline
 from asyncsplit.remote import Reply, ask, opened
-from asyncsplit.telemetry.state import ConsumerCounters, StreamTimes
+from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes
 from asyncsplit.wire import Delivery, Rejoin, Slice, Started
 
 SMALL_BYTES = 2**20

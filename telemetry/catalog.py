@@ -16,13 +16,8 @@ from asyncsplit.core.epochs import Phase
 from asyncsplit.telemetry import spans
 
 if TYPE_CHECKING:  # at run time it is the state that needs the bounds
-    from asyncsplit.telemetry.state import (
-        ConsumerCounters,
-        CoordinatorState,
-        Exemplar,
-        Histogram,
-        SplitState,
-    )
+    from asyncsplit.telemetry.counters import ConsumerCounters, Exemplar
+    from asyncsplit.telemetry.state import CoordinatorState, Histogram, SplitState
 
 MAX_SPLIT_LABELS = 64
 """Splits that get series of their own: each series takes some 5 microseconds of a scrape."""

@@ -14,7 +14,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as ShownExemplar
 
 from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot
-from asyncsplit.telemetry.state import CoordinatorState, Exemplar
+from asyncsplit.telemetry.counters import Exemplar
+from asyncsplit.telemetry.state import CoordinatorState
 
 PAUSE_S = 5e-5
 """Pause after each metric. A scrape is a thread that does not wait for anything, and would keep the

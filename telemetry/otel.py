@@ -20,7 +20,8 @@ import asyncsplit
 from asyncsplit.telemetry.catalog import CATALOG, Metric, Observed, Snapshot, Value
 from asyncsplit.telemetry.collector import PAUSE_S, bound_labels
 from asyncsplit.telemetry.complaints import overheard
-from asyncsplit.telemetry.state import CoordinatorState, Exemplar
+from asyncsplit.telemetry.counters import Exemplar
+from asyncsplit.telemetry.state import CoordinatorState
 
 SCOPE = "asyncsplit"
 

@@ -10,7 +10,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from asyncsplit.telemetry import spans
 from asyncsplit.telemetry.catalog import WAIT_BOUNDS
-from asyncsplit.telemetry.state import Exemplar, StreamTimes
+from asyncsplit.telemetry.counters import Exemplar, StreamTimes
 from asyncsplit.telemetry.tracing import (
     Attributes,
     Carrier,

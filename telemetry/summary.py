@@ -2,7 +2,8 @@
 
 import heapq
 
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.telemetry.counters import ConsumerCounters
+from asyncsplit.telemetry.state import CoordinatorState
 
 MAX_SPLITS = 8
 """Splits named, those first whose training loops waited most."""

@@ -36,7 +36,7 @@ from asyncsplit.errors import (
     StreamClosedError,
 )
 from asyncsplit.options import SplitOptions, TelemetryConfig
-from asyncsplit.telemetry.state import ConsumerCounters
+from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.wire import Delivery, Failure, Rejoin, Slice, Started
 from tests.simulation.clock import VirtualLoop
 from tests.simulation.dataset import ROW_BYTES, Context, FakeDataset, Ref

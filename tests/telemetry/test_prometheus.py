@@ -12,8 +12,9 @@ import pytest
 
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, WAIT_BOUNDS
+from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.endpoint import Endpoint
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.telemetry.state import CoordinatorState
 from tests.telemetry.server import Api, get, tool
 from tests.telemetry.server import prometheus as running
 

@@ -15,8 +15,9 @@ from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, Metric
 from asyncsplit.telemetry.complaints import Complaints, overheard
+from asyncsplit.telemetry.counters import ConsumerCounters, Exemplar
 from asyncsplit.telemetry.outlets import Outlets
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState, Exemplar
+from asyncsplit.telemetry.state import CoordinatorState
 from tests.unit.receiver import Receiver
 
 UNITS = {"bytes": "By", "seconds": "s", "ratio": "1", "": ""}

@@ -27,8 +27,9 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, Metric, markdown
 from asyncsplit.telemetry.collector import StateCollector
+from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.endpoint import Endpoint
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.summary import summary
 from tests.profiles import FEWER
 

@@ -24,14 +24,9 @@ from asyncsplit.telemetry.catalog import (
     Snapshot,
 )
 from asyncsplit.telemetry.collector import StateCollector
+from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes
 from asyncsplit.telemetry.ray_metrics import without_splits
-from asyncsplit.telemetry.state import (
-    ConsumerCounters,
-    CoordinatorState,
-    PumpClock,
-    SplitState,
-    StreamTimes,
-)
+from asyncsplit.telemetry.state import CoordinatorState, PumpClock, SplitState
 from asyncsplit.wire import Delivery, Slice
 from tests.profiles import FEWER
 

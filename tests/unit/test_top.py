@@ -25,10 +25,11 @@ from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry import scrape, top, troubles, watch
 from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, WORST
 from asyncsplit.telemetry.collector import StateCollector
+from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.present import SORT_KEYS, WINDOW_S, History, Scrape, SortKey, present
 from asyncsplit.telemetry.scrape import Samples
-from asyncsplit.telemetry.state import ConsumerCounters, CoordinatorState
+from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.verdict import verdict
 from asyncsplit.telemetry.watch import PATIENCE_S, Watch
 

@@ -29,9 +29,10 @@ from asyncsplit.errors import ConsumerLostError, ExecutionActiveError, StreamClo
 from asyncsplit.options import TelemetryConfig
 from asyncsplit.telemetry import spans, tracing
 from asyncsplit.telemetry.collector import StateCollector
+from asyncsplit.telemetry.counters import Exemplar, StreamTimes
 from asyncsplit.telemetry.epoch_spans import FAILED_PULLS, EpochSpans
 from asyncsplit.telemetry.spans import Longest
-from asyncsplit.telemetry.state import CoordinatorState, Exemplar, StreamTimes
+from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.stream_spans import StreamSpans, schema_span
 from asyncsplit.telemetry.tracing import Carrier, Tracer, Tracing, carrier_of
 from tests.unit.receiver import Receiver
