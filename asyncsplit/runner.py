@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from ray import ObjectRef
 
-from asyncsplit import engine
 from asyncsplit.core.budget import prefetch_budget
 from asyncsplit.core.epochs import AHEAD_AFTER_S, Epochs, Noted, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
@@ -28,6 +27,7 @@ from asyncsplit.guard import Guard
 from asyncsplit.journal import Journal
 from asyncsplit.lifeline import Lifelines
 from asyncsplit.options import SplitOptions
+from asyncsplit.remote_errors import unwrap
 from asyncsplit.telemetry.epoch_spans import EpochSpans
 from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.tracing import Carrier
@@ -264,7 +264,7 @@ class EpochRunner:
         try:
             execution = await self._guard.start(epoch)
         except Exception as error:  # the consumers get it, whatever it is
-            distribution.error = engine.unwrap(error)
+            distribution.error = unwrap(error)
         else:
             distribution.start(execution, f"asyncsplit-pump-{epoch}", self._state.pump)
         self._spans.executor_started(epoch, distribution.error)

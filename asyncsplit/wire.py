@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from ray import ObjectRef
 
 from asyncsplit.core.ledger import Position
-from asyncsplit.engine import pack_error, unpack_error
+from asyncsplit.remote_errors import pack_error, unpack_error
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError, Worker
 
 from asyncsplit import engine
 from asyncsplit.engine import Bundle, Execution
+from asyncsplit.remote_errors import KeepOriginal, RemoteTraceback, pack_error, unpack_error, unwrap
 
 # Ray Data uses what Ray and pandas have deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
@@ -265,12 +266,12 @@ def test_what_the_users_function_raises_arrives_as_it_was(
     make: Callable[[], Exception], args: tuple[object, ...]
 ) -> None:
     error = error_of(failing(make))
-    for arrived in (error, engine.unpack_error(engine.pack_error(error))):
+    for arrived in (error, unpack_error(pack_error(error))):
         assert type(arrived).__qualname__ == type(make()).__qualname__
         assert arrived.args == args
         assert str(arrived) == str(make())
         assert vars(arrived) == vars(make())
-        assert isinstance(arrived.__cause__, engine.RemoteTraceback)
+        assert isinstance(arrived.__cause__, RemoteTraceback)
         assert "in fail" in str(arrived.__cause__)
 
 
@@ -280,7 +281,7 @@ def test_the_error_of_an_actors_method_and_of_a_read_arrive_as_they_were() -> No
             raise LookupError(1)
 
     assert isinstance(error_of(ray.data.range(4).map_batches(Fails, concurrency=1)), LookupError)
-    assert isinstance(engine.unwrap(_schema_error(failing(lambda: LookupError(2)))), LookupError)
+    assert isinstance(unwrap(_schema_error(failing(lambda: LookupError(2)))), LookupError)
 
 
 def _schema_error(ds: Dataset) -> BaseException:
@@ -303,15 +304,15 @@ def test_stop_iteration_in_the_users_function_is_an_error_and_ends_nothing_in_si
 def test_an_error_that_cannot_be_pickled_arrives_as_text() -> None:
     error = error_of(failing(lambda: ValueError("held", threading.Lock())))
     assert "held" in str(error.__cause__)
-    arrived = engine.unpack_error(engine.pack_error(ValueError("held", threading.Lock())))
+    arrived = unpack_error(pack_error(ValueError("held", threading.Lock())))
     assert isinstance(arrived, RuntimeError)
     assert "ValueError: ('held'" in str(arrived)
 
 
 def test_errors_of_rays_own_come_back_as_they_are() -> None:
     for error in (WorkerCrashedError(), ActorDiedError()):
-        assert engine.unwrap(error) is error
-        arrived = engine.unpack_error(engine.pack_error(error))
+        assert unwrap(error) is error
+        arrived = unpack_error(pack_error(error))
         assert (type(arrived), str(arrived)) == (type(error), str(error))
 
 
@@ -323,7 +324,7 @@ def test_unwrap_goes_through_every_layer_of_tasks() -> None:
 
     with pytest.raises(RayTaskError) as caught:
         ray.get(remote(fail).remote(2))
-    error = engine.unwrap(RayTaskError("outermost", "its traceback", caught.value))
+    error = unwrap(RayTaskError("outermost", "its traceback", caught.value))
     assert "in fail" in str(error.__cause__)
     assert type(error) is ValueError
     assert error.args == ("innermost", 0)
@@ -407,11 +408,11 @@ except ValueError:
 """
     raised = subprocess.run(
         [sys.executable, "-c", worker],
-        input=cloudpickle.dumps(engine._KeepOriginal()),
+        input=cloudpickle.dumps(KeepOriginal()),
         stdout=subprocess.PIPE,
         check=True,
     )
-    error = engine.unwrap(RayTaskError("map", "text", pickle.loads(raised.stdout)))
+    error = unwrap(RayTaskError("map", "text", pickle.loads(raised.stdout)))
     assert type(error) is ValueError
     assert error.args == ("boom",)
 

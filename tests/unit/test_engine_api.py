@@ -14,6 +14,7 @@ from ray.data import DataContext, DataIterator, Dataset
 from ray.exceptions import RayTaskError, UserCodeException
 
 from asyncsplit import AsyncDataIterator, engine
+from asyncsplit.remote_errors import KeepOriginal, unwrap
 
 # Ray's own constructor sets fields that Ray has deprecated.
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
@@ -192,7 +193,7 @@ def test_ray_asks_the_flag_while_it_handles_a_users_error() -> None:
     path = "ray.data._internal.planner.plan_udf_map_op._try_wrap_udf_exception"
     before = DataContext.get_current()
     context = before.copy()
-    context.raise_original_map_exception = engine._KeepOriginal()
+    context.raise_original_map_exception = KeepOriginal()
     engine.use_context(context)
     caught: Exception | None = None
     try:
@@ -206,5 +207,5 @@ def test_ray_asks_the_flag_while_it_handles_a_users_error() -> None:
         engine.use_context(before)
     assert caught is not None, moved(path)
     assert isinstance(caught.__cause__, ValueError)
-    original = engine.unwrap(RayTaskError("f", "text", caught, proctitle="", pid=1, ip="localhost"))
+    original = unwrap(RayTaskError("f", "text", caught, proctitle="", pid=1, ip="localhost"))
     assert (type(original), original.args) == (ValueError, ("boom", 1)), moved(path)
