@@ -330,7 +330,7 @@ def straggler(bench: Bench) -> list[Figure]:
             "only one side has it",
             raw,
             [
-                Target("asyncsplit, on demand", "ideal schedule", at_most=1.5),
+                Target("asyncsplit, on demand", "ideal schedule", at_most=1.15),
                 Target(RAY, "asyncsplit, on demand"),
                 Target(RAY, OURS),
             ],
