@@ -17,7 +17,6 @@ from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import StateMismatchError
 from asyncsplit.guard import Guard
 from asyncsplit.pump import Pump
-from asyncsplit.remote_errors import unwrap
 from asyncsplit.telemetry.state import PumpClock
 from asyncsplit.wire import Delivery, Slice
 
@@ -154,7 +153,7 @@ class Distribution:
             self.ledger.finish()
             self._guard.exhausted()
         elif end is not None:
-            self._fail(unwrap(end))
+            self._fail(self._guard.failure(end))
             return
         self._settle()
         if self.ledger.finished and self.error is None:

@@ -48,6 +48,11 @@ def actor_file() -> Path:
     return Path(global_worker.node.get_session_dir_path(), name)
 
 
+def was_restarted() -> bool:
+    """Tell whether Ray has restarted the actor that this process is."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 class Block(NamedTuple):
     """One block, or the part of it that a bundle selects: rows ``start`` to ``stop``."""
 

@@ -14,9 +14,11 @@ from concurrent.futures import Executor
 from typing import Any, Literal, TypeVar
 
 from ray.data import Dataset, Schema
+from ray.exceptions import ObjectLostError
 
 from asyncsplit import engine
-from asyncsplit.errors import ExecutionActiveError
+from asyncsplit.errors import CoordinatorLostError, ExecutionActiveError
+from asyncsplit.remote_errors import unwrap
 from asyncsplit.telemetry.state import CoordinatorState
 
 _R = TypeVar("_R")
@@ -119,6 +121,19 @@ class Guard:
     def exhausted(self) -> None:
         """Note that the executor has delivered everything and is no longer running."""
         self._ended()
+
+    def failure(self, error: BaseException) -> BaseException:
+        """Return what consumers are told of an error that an execution ended with."""
+        error = unwrap(error)
+        if not isinstance(error, ObjectLostError) or not engine.was_restarted():
+            return error
+        lost = CoordinatorLostError(
+            "the coordinator was restarted, and blocks of the dataset are gone. Those that it holds"
+            " itself (from_items, from_pandas, materialize) are kept by the process that created"
+            " the split while it holds one of the iterators: keep one there, and create a new split"
+        )
+        lost.__cause__ = error
+        return lost
 
     async def stop(self, *settle: Callable[[], None]) -> None:
         """Shut the running executor down, if there is one, and let go of its blocks.

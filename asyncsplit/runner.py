@@ -27,7 +27,6 @@ from asyncsplit.guard import Guard
 from asyncsplit.journal import Journal
 from asyncsplit.lifeline import Lifelines
 from asyncsplit.options import SplitOptions
-from asyncsplit.remote_errors import unwrap
 from asyncsplit.telemetry.epoch_spans import EpochSpans
 from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.tracing import Carrier
@@ -264,7 +263,7 @@ class EpochRunner:
         try:
             execution = await self._guard.start(epoch)
         except Exception as error:  # the consumers get it, whatever it is
-            distribution.error = unwrap(error)
+            distribution.error = self._guard.failure(error)
         else:
             distribution.start(execution, f"asyncsplit-pump-{epoch}", self._state.pump)
         self._spans.executor_started(epoch, distribution.error)

@@ -99,6 +99,18 @@ async def test_a_restarted_coordinator_has_the_datasets_own_blocks(
     assert "constructor arguments" not in capfd.readouterr().err
 
 
+async def test_the_datasets_own_blocks_die_with_the_coordinator_if_nobody_else_has_them() -> None:
+    source = ray.data.from_numpy([np.arange(20_000)] * 8)
+    ds = source.map_batches(lambda batch: {"id": batch["data"]})
+    ds.context.execution_options.preserve_order = True
+    (it,) = asyncsplit.streaming_split(ds, 1, options=SplitOptions(prefetch_bytes=1))
+    it = ray.get(ray.put(it))
+    del source, ds
+    gc.collect()
+    with pytest.raises(CoordinatorLostError, match="keep one there"):
+        await read_with_deaths(it, [10])
+
+
 class Gate:
     """Shut, it stops `gated` datasets in the middle."""
 

