@@ -1,4 +1,4 @@
-"""What every test shares: Hypothesis profiles, the blocking-call detector, one Ray cluster."""
+"""What every test shares: Hypothesis profiles, the blocking-call detector, Ray and its readers."""
 
 import asyncio
 import functools
@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 import ray
@@ -15,6 +16,8 @@ from blockbuster import BlockBuster, BlockBusterFunction
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 import asyncsplit
+from asyncsplit import AsyncDataIterator
+from tests.integration.consume import Reader
 
 PACKAGE = asyncsplit.__path__[0] + os.sep
 RAY = ray.__path__[0] + os.sep
@@ -114,3 +117,17 @@ def ray_cluster() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Any]]:
+    """Return a function that starts a Reader; all are killed at the end."""
+    readers: list[Any] = []
+
+    def start(it: AsyncDataIterator, **kwargs: Any) -> Any:
+        readers.append(ray.remote(Reader).options(num_cpus=0).remote(it, **kwargs))
+        return readers[-1]
+
+    yield start
+    for reader in readers:
+        ray.kill(reader)

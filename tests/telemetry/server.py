@@ -1,6 +1,7 @@
 """What tests ask a real Prometheus, and what they do where there is none."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -31,6 +32,17 @@ def prometheus(config: Path, data: Path) -> Iterator["Api"]:
     """Run Prometheus with a configuration, on a port that is free."""
     with program.running(tool("prometheus"), config, data) as api:
         yield Api(api.url)
+
+
+@contextlib.contextmanager
+def scraping(discovery: Path, folder: Path) -> Iterator["Api"]:
+    """Run a Prometheus that scrapes what announces itself, five times a second."""
+    job = {"job_name": "asyncsplit", "file_sd_configs": [{"files": [f"{discovery}/*.json"]}]}
+    content = {"global": {"scrape_interval": "200ms"}, "scrape_configs": [job]}
+    config = folder / "prometheus.yml"
+    config.write_text(json.dumps(content))  # JSON is YAML
+    with prometheus(config, folder / "data") as api:
+        yield api
 
 
 class Api(program.Api):

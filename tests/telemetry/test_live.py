@@ -20,7 +20,7 @@ import asyncsplit
 from asyncsplit import AsyncDataIterator, ExecutionActiveError, SplitOptions, TelemetryConfig
 from asyncsplit.telemetry.export import export, files
 from dashboards import rules
-from tests.integration.consume import Reader, eventually, read_epoch
+from tests.integration.consume import eventually, read_epoch
 from tests.telemetry.server import Api, prometheus
 from tests.telemetry.test_dashboards import SHOWN
 
@@ -45,13 +45,6 @@ def impatient(config: Path, rule_file: Path) -> None:
 
 
 @pytest.fixture
-def discovery(tmp_path: Path) -> Path:
-    directory = tmp_path / "discovery"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
 def server(tmp_path: Path, discovery: Path) -> Iterator[Api]:
     folder = tmp_path / "exported"
     export(folder, files("https://example.com/runbook", str(discovery)), force=False)
@@ -59,20 +52,6 @@ def server(tmp_path: Path, discovery: Path) -> Iterator[Api]:
     impatient(config, config.with_name("asyncsplit.rules.yml"))
     with prometheus(config, tmp_path / "data") as api:
         yield api
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[[AsyncDataIterator], Any]]:
-    """Return a function that starts a Reader; all are killed at the end."""
-    readers: list[Any] = []
-
-    def start(it: AsyncDataIterator) -> Any:
-        readers.append(ray.remote(Reader).options(num_cpus=0).remote(it))
-        return readers[-1]
-
-    yield start
-    for reader in readers:
-        ray.kill(reader)
 
 
 def gated(gate: Path) -> Dataset:

@@ -1,7 +1,6 @@
 """What a real Prometheus makes of the endpoint."""
 
 import contextlib
-import json
 import subprocess
 import time
 import urllib.parse
@@ -15,20 +14,25 @@ from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, WAIT_BOUNDS
 from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.endpoint import Endpoint
 from asyncsplit.telemetry.state import CoordinatorState
-from tests.telemetry.server import Api, get, tool
-from tests.telemetry.server import prometheus as running
+from tests.telemetry.server import Api, get, scraping, tool
 
 
 class Prometheus(Api):
     """A running server that scrapes what it finds in a directory."""
 
     def __init__(
-        self, url: str, directory: str, few: CoordinatorState, many: CoordinatorState
+        self,
+        url: str,
+        directory: str,
+        few: CoordinatorState,
+        many: CoordinatorState,
+        brief: Endpoint,
     ) -> None:
         super().__init__(url)
         self.directory = directory
         self.few = few
         self.many = many
+        self.brief = brief
 
     def query(self, promql: str) -> dict[str, float]:
         """Return values by the ``split`` label; a series without it has the key ``""``."""
@@ -42,23 +46,26 @@ class Prometheus(Api):
             time.sleep(0.1)
 
 
+def serve(state: CoordinatorState, directory: str) -> Endpoint:
+    endpoint = Endpoint.serve(state, TelemetryConfig(discovery_dir=directory))
+    assert endpoint is not None
+    return endpoint
+
+
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     directory = tmp_path_factory.mktemp("prometheus")
+    found = str(directory / "found")
     few = CoordinatorState.of("id", 2, "few")
     many = CoordinatorState.of("id", MAX_SPLIT_LABELS + 1, "many")
     with contextlib.ExitStack() as stack:
-        found = directory / "found"
         for state in (few, many):
-            endpoint = Endpoint.serve(state, TelemetryConfig(discovery_dir=str(found)))
-            assert endpoint is not None
-            stack.enter_context(contextlib.closing(endpoint))
-        job = {"job_name": "asyncsplit", "file_sd_configs": [{"files": [f"{found}/*.json"]}]}
-        config = {"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]}
-        (directory / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-        api = stack.enter_context(running(directory / "prometheus.yml", directory / "data"))
-        server_api = Prometheus(api.url, str(found), few, many)
-        server_api.wait_for("sum(up)", lambda up: up == {"": 2})
+            stack.enter_context(contextlib.closing(serve(state, found)))
+        brief = serve(CoordinatorState.of("id", 3, "brief"), found)
+        stack.callback(brief.close)
+        api = stack.enter_context(scraping(directory / "found", directory))
+        server_api = Prometheus(api.url, found, few, many, brief)
+        server_api.wait_for("sum(up)", lambda up: up == {"": 3})
         yield server_api
 
 
@@ -120,16 +127,19 @@ def test_a_quantile_of_waits_is_in_the_bucket_of_the_waits(prometheus: Prometheu
 
 
 def test_a_coordinator_is_scraped_from_its_beginning_to_its_end(prometheus: Prometheus) -> None:
-    endpoint = Endpoint.serve(
-        CoordinatorState.of("id", 3, "brief"), TelemetryConfig(discovery_dir=prometheus.directory)
-    )
-    assert endpoint is not None
-    up = f'up{{instance="{urllib.parse.urlsplit(endpoint.url).netloc}"}}'
-    with contextlib.closing(endpoint):
-        prometheus.wait_for(up, lambda value: value == {"": 1})
-        prometheus.wait_for('asyncsplit_splits{dataset="brief"}', lambda n: n == {"": 3})
-    # Not down: gone.
-    prometheus.wait_for(up, lambda value: value == {})
+    def up(endpoint: Endpoint) -> str:
+        return f'up{{instance="{urllib.parse.urlsplit(endpoint.url).netloc}"}}'
+
+    assert prometheus.query(up(prometheus.brief)) == {"": 1}
+    # Prometheus looks at what it has discovered every five seconds: one coordinator begins as the
+    # other ends.
+    prometheus.brief.close()
+    later = serve(CoordinatorState.of("id", 3, "later"), prometheus.directory)
+    with contextlib.closing(later):
+        prometheus.wait_for(up(later), lambda value: value == {"": 1})
+        prometheus.wait_for('asyncsplit_splits{dataset="later"}', lambda n: n == {"": 3})
+        # Not down: gone.
+        prometheus.wait_for(up(prometheus.brief), lambda value: value == {})
 
 
 def test_promtool_finds_nothing_to_complain_about() -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import queue
 import signal
@@ -25,8 +24,8 @@ from ray.data import Dataset
 import asyncsplit
 from asyncsplit import AsyncDataIterator, SplitOptions, TelemetryConfig
 from asyncsplit.telemetry import spans
-from tests.integration.consume import Reader, eventually, read
-from tests.telemetry.server import Api, prometheus
+from tests.integration.consume import eventually, read
+from tests.telemetry.server import Api, scraping
 from tests.unit.receiver import Receiver
 
 
@@ -79,32 +78,8 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[AsyncDataIterator], Any]]:
-    """Return a function that starts a Reader; all are killed at the end."""
-    readers: list[Any] = []
-
-    def start(it: AsyncDataIterator) -> Any:
-        readers.append(ray.remote(Reader).options(num_cpus=0).remote(it))
-        return readers[-1]
-
-    yield start
-    for reader in readers:
-        ray.kill(reader)
-
-
-@pytest.fixture
-def discovery(tmp_path: Path) -> Path:
-    directory = tmp_path / "discovery"
-    directory.mkdir()
-    return directory
-
-
-@pytest.fixture
 def server(tmp_path: Path, discovery: Path) -> Iterator[Api]:
-    job = {"job_name": "asyncsplit", "file_sd_configs": [{"files": [f"{discovery}/*.json"]}]}
-    config = {"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]}
-    (tmp_path / "prometheus.yml").write_text(json.dumps(config))  # JSON is YAML
-    with prometheus(tmp_path / "prometheus.yml", tmp_path / "data") as api:
+    with scraping(discovery, tmp_path) as api:
         yield api
 
 

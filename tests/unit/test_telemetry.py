@@ -1,3 +1,4 @@
+import asyncio
 import contextlib
 import http.client
 import itertools
@@ -9,27 +10,30 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from prometheus_client.registry import Collector
 
 from asyncsplit.options import TelemetryConfig
-from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, Metric, markdown
+from asyncsplit.telemetry.catalog import CATALOG, MAX_SPLIT_LABELS, WORST, Metric, markdown
 from asyncsplit.telemetry.collector import StateCollector
 from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.endpoint import Endpoint
-from asyncsplit.telemetry.state import CoordinatorState
+from asyncsplit.telemetry.state import CoordinatorState, SplitState
 from asyncsplit.telemetry.summary import summary
 from tests.profiles import FEWER
 
@@ -182,7 +186,7 @@ def test_counts_arrive_under_their_names() -> None:
     }
 
 
-@pytest.mark.parametrize("n", [1, MAX_SPLIT_LABELS, MAX_SPLIT_LABELS + 1, 5_000])
+@pytest.mark.parametrize("n", [1, MAX_SPLIT_LABELS, MAX_SPLIT_LABELS + 1, 1_024, 5_000])
 def test_the_number_of_series_is_bounded(n: int) -> None:
     state = CoordinatorState.of("id", n)
     for split in range(n):
@@ -197,18 +201,76 @@ def test_the_number_of_series_is_bounded(n: int) -> None:
     alone = n <= MAX_SPLIT_LABELS
     assert rows.keys() == ({str(split) for split in range(n)} if alone else {""})
     assert sum(rows.values()) == sum(range(n))
-    assert len(series) < 1_500
+    assert len(series) < (1_500 if alone else 500)
+    by_split = Counter(name for name, labels in series if dict(labels).get("split"))
+    assert set(by_split.values()) == {n if alone else WORST}
+
+
+class Slow(CoordinatorState):
+    """Takes its time to be read."""
+
+    began = threading.Event()
+    may_go_on = threading.Event()
+    read_by: ClassVar[set[int]] = set()
+
+    @property
+    def ledger(self) -> None:
+        self.read_by.add(threading.get_ident())
+        self.began.set()
+        self.may_go_on.wait()
+
+
+@pytest.mark.asyncio
+async def test_the_event_loop_goes_on_while_a_scrape_takes_its_time() -> None:
+    state = Slow("id", [SplitState() for _ in range(1_024)])
+    endpoint = await asyncio.to_thread(Endpoint.serve, state, TelemetryConfig())
+    assert endpoint is not None
+    try:
+        scrapes = [asyncio.create_task(asyncio.to_thread(get, endpoint.url)) for _ in range(2)]
+        await asyncio.to_thread(state.began.wait)
+        state.meet(1_023, "a", 700)
+        for rows in range(1_000):
+            state.update(1_023, "a", ConsumerCounters(rows=rows))
+            await asyncio.sleep(0)
+        assert not any(scrape.done() for scrape in scrapes)
+        state.may_go_on.set()
+        assert all("asyncsplit_epoch_rows" in text for text in await asyncio.gather(*scrapes))
+        assert state.read_by
+        assert threading.get_ident() not in state.read_by
+        text = await asyncio.to_thread(get, endpoint.url)
+        assert 'asyncsplit_rows_total{dataset="dataset",split=""} 999.0' in text
+    finally:
+        state.may_go_on.set()
+        await asyncio.to_thread(endpoint.close)
+
+
+class Given(Collector):
+    """Some of the families: rendering all for each of many names takes its time."""
+
+    def __init__(self, families: Iterable[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Family]:
+        return self._families
 
 
 @FEWER
 @given(name=st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_any_dataset_name_survives_both_text_formats(name: str) -> None:
-    registry = registry_of(CoordinatorState.of("id", 1, name))
-    for families in (
+    state = CoordinatorState.of("id", 1, name)
+    families = [
+        family
+        for family in StateCollector(state).collect()
+        if family.name in ("asyncsplit_rows", "asyncsplit_splits", "asyncsplit_loop_lag_seconds")
+    ]
+    assert {family.type for family in families} == {"counter", "gauge", "histogram"}
+    registry = CollectorRegistry()
+    registry.register(Given(families))
+    for parsed in (
         parse_text(generate_latest(registry).decode()),
         parse_openmetrics(openmetrics.generate_latest(registry).decode()),  # type: ignore[no-untyped-call]
     ):
-        samples = [sample for family in families for sample in family.samples]
+        samples = [sample for family in parsed for sample in family.samples]
         assert {sample.labels.get("dataset", name) for sample in samples} == {name}
         assert not [sample for sample in samples if sample.name.endswith("_created")]
 
