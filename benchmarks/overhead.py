@@ -1,5 +1,8 @@
-"""What metrics cost, and what leases and acknowledgements do: with them and without."""
+"""What metrics, traces, leases and acknowledgements cost: with them and without."""
 
+import contextlib
+import http.server
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,8 @@ from benchmarks.harness import OURS, Bench, Figure, Round, Target, close, table_
 from benchmarks.worker import Job
 
 ON, OFF = "on", "off"
+SAMPLE_RATIO = 0.1
+SAMPLED = f"{SAMPLE_RATIO:.0%} sampled"
 
 
 def turn_off(_: object) -> None:
@@ -58,7 +63,7 @@ class Setting:
 
 
 def telemetry(bench: Bench) -> list[Figure]:
-    """Return what the metrics cost when nobody looks at them."""
+    """Return what the metrics cost when nobody looks at them, and traces with their receiver."""
     off = SplitOptions(telemetry=TelemetryConfig(enabled=False))
     figures = []
     for setting in _settings(bench):
@@ -68,8 +73,51 @@ def telemetry(bench: Bench) -> list[Figure]:
         }
         what = "the metrics endpoint, which nobody scrapes"
         sides = {side: (bench, its[side]) for side in its}
-        figures.append(_compare(bench, setting, "telemetry", what, sides, at_most=1.02))
+        target = Target(ON, OFF, at_most=1.02)
+        figures.append(_compare(bench, setting, "telemetry", what, sides, [target]))
+    return [*figures, *_traces(Bench(quick=bench.quick))]
+
+
+def _traces(bench: Bench) -> list[Figure]:
+    """Return what traces cost; in processes that serve nothing else, as they keep what sends."""
+    figures = []
+    with _receiver() as url:
+        asked = {OFF: {}, SAMPLED: {"trace_sample_ratio": SAMPLE_RATIO}, ON: {}}
+        for setting in _settings(bench):
+            its = {}
+            for side, config in asked.items():
+                endpoint = None if side == OFF else url
+                options = TelemetryConfig(otlp_traces_endpoint=endpoint, **config)
+                its[side] = asyncsplit.streaming_split(
+                    setting.ds, setting.n, options=SplitOptions(telemetry=options)
+                )
+            what = f"traces, sent to a receiver on this machine: all epochs, or {SAMPLED}"
+            sides = {side: (bench, its[side]) for side in its}
+            targets = [Target(ON, OFF, at_most=1.05), Target(SAMPLED, OFF, at_most=1.02)]
+            figures.append(_compare(bench, setting, "traces", what, sides, targets))
     return figures
+
+
+class _Swallow(http.server.BaseHTTPRequestHandler):
+    """Takes what is sent, and does nothing with it."""
+
+    def do_POST(self) -> None:
+        """Answer that all is well."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@contextlib.contextmanager
+def _receiver() -> Iterator[str]:
+    """Receive spans, on a thread of this process; yields the URL."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Swallow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
+        server.shutdown()
 
 
 def leases(bench: Bench) -> list[Figure]:
@@ -82,7 +130,8 @@ def leases(bench: Bench) -> list[Figure]:
         ray.get(its[OFF][0]._consumer.coordinator.__ray_call__.remote(turn_off))
         what = "leases, acknowledgements and lifelines"
         sides = {ON: (bench, its[ON]), OFF: (without, its[OFF])}
-        figures.append(_compare(bench, setting, "leases", what, sides, at_most=1.05))
+        target = Target(ON, OFF, at_most=1.05)
+        figures.append(_compare(bench, setting, "leases", what, sides, [target]))
     return figures
 
 
@@ -100,7 +149,7 @@ def _compare(
     name: str,
     what: str,
     sides: dict[str, tuple[Bench, Sequence[Any]]],
-    at_most: float,
+    targets: Sequence[Target],
 ) -> Figure:
     turns: dict[str, Callable[[], Round]] = {
         side: lambda where=where, its=its: where.consume(OURS, its, setting.job)  # type: ignore[misc]
@@ -116,5 +165,5 @@ def _compare(
         "ms",
         "only one side has it",
         values(rounds, lambda turn: turn.epoch_ms),
-        [Target(ON, OFF, at_most=at_most)],
+        targets,
     )

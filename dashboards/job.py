@@ -1,12 +1,13 @@
 """``python -m dashboards.job DIR`` runs the job that the previews show, for a minute and a half.
 
-Four workers train for three epochs. The one of split 2 is slow. In the middle of each epoch the
-dataset stops for a while. In the second epoch the worker of split 1 is killed and replaced, and it
-comes late to the third. The coordinator announces itself in DIR, for a Prometheus that scrapes once
-a second.
+Four workers train for three epochs, with equal shares. The one of split 2 is slow. In the middle of
+each epoch the dataset stops for a while, and the schema is asked for. In the second epoch the
+worker of split 1 is killed and replaced, and it comes late to the third. The coordinator announces
+itself in DIR, for a Prometheus that scrapes once a second.
 """
 
 import asyncio
+import contextlib
 import sys
 import time
 from typing import Any
@@ -16,6 +17,8 @@ import ray
 import asyncsplit
 
 SPLITS, EPOCHS = 4, 3
+ROWS = 120_003
+"""Some of which have to be left out, for equal shares."""
 STEP_S, SLOW_STEP_S = 0.03, 0.06
 PAUSE_S = 6.0
 
@@ -42,6 +45,14 @@ def slow_in_the_middle(batch: Any) -> Any:
     return batch
 
 
+async def ask_for_the_schema(split: asyncsplit.AsyncDataIterator) -> None:
+    """Ask in the middle of an epoch: in vain, from its blocks, and, at last, from the cache."""
+    with contextlib.suppress(asyncsplit.ExecutionActiveError):
+        await split.schema()
+    for _ in range(2):
+        await split.schema(during_execution="observed")
+
+
 def start(split: asyncsplit.AsyncDataIterator) -> Any:
     """Return a worker in a process of its own."""
     return ray.remote(Worker).options(num_cpus=0).remote(split)
@@ -50,17 +61,19 @@ def start(split: asyncsplit.AsyncDataIterator) -> Any:
 def main() -> None:
     """Run it."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    dataset = ray.data.range(120_000, override_num_blocks=48)
+    dataset = ray.data.range(ROWS, override_num_blocks=48)
     dataset = dataset.map_batches(slow_in_the_middle, batch_size=None)
     dataset.set_name("flights")
     telemetry = asyncsplit.TelemetryConfig(discovery_dir=sys.argv[1])
     options = asyncsplit.SplitOptions(prefetch_bytes=40_000, telemetry=telemetry)
-    splits = asyncsplit.streaming_split(dataset, SPLITS, options=options)
+    splits = asyncsplit.streaming_split(dataset, SPLITS, equal=True, options=options)
     workers = [start(split) for split in splits]
     for epoch in range(EPOCHS):
         late = [1] if epoch == 2 else []
         training = {i: w.train.remote() for i, w in enumerate(workers) if i not in late}
         time.sleep(PAUSE_S)
+        if not late:
+            asyncio.run(ask_for_the_schema(splits[0]))
         if epoch == 1:
             ray.kill(workers[1])
             workers[1] = start(splits[1])

@@ -27,6 +27,8 @@ PREVIEW = Path(__file__).parent / "preview"
 
 _STEPS = 120
 _RED = "#c4162a"
+_SMALL, _MOST_NAMES = 8, 12
+"""Size of ticks and legends in points; names in a legend."""
 
 
 class Series(NamedTuple):
@@ -88,13 +90,13 @@ def draw(board: dict[str, Any], source: Source) -> Figure:
             continue
         pad = 0.012
         box = (
-            left + 2.6 * pad,
-            top - (place["h"] - 2.2) * unit,
-            place["w"] / 24 - 3.4 * pad,
-            (place["h"] - 3.6) * unit,
+            left + 3.6 * pad,
+            top - (place["h"] - 2.4) * unit,
+            place["w"] / 24 - 6 * pad,
+            (place["h"] - 3.8) * unit,
         )
         axes = figure.add_axes(box)
-        axes.set_title(panel["title"], loc="left", size=10, weight="bold")
+        axes.set_title(panel["title"], loc="left", size=11, weight="bold")
         _KINDS[panel["type"]](axes, panel, source)
     figure.text(
         0.99,
@@ -135,11 +137,14 @@ def _timeseries(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     axes.set_xlim(0, source.end - source.start)
     if found:
         axes.legend(
-            *_first(axes, 8),
+            *_first(axes, _MOST_NAMES),
             loc="upper center",
             bbox_to_anchor=(0.5, -0.1),
             ncols=3,
-            fontsize=6,
+            fontsize=_SMALL,
+            handlelength=1.2,
+            columnspacing=1.0,
+            labelspacing=0.2,
             frameon=False,
         )
     else:
@@ -153,8 +158,8 @@ def _timeseries(axes: Axes, panel: dict[str, Any], source: Source) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: _written(value, defaults["unit"]))
     if right is not axes:
         right.set_ylim(0, None)
-        right.tick_params(labelsize=7)
-    axes.tick_params(labelsize=7)
+        right.tick_params(labelsize=_SMALL)
+    axes.tick_params(labelsize=_SMALL)
     axes.grid(alpha=0.3)
 
 
@@ -213,7 +218,9 @@ def _written(value: float, unit: str) -> str:
     if not math.isfinite(value):
         return "-"
     if unit == "percentunit":
-        return f"{value:.0%}"
+        return f"{100 * value:.3g}%"
+    if unit == "s" and 0 < value < 1:
+        return f"{1000 * value:.3g} ms"
     if unit == "dateTimeFromNow":
         return time.strftime("%H:%M:%S UTC", time.gmtime(value / 1000))
     if unit in ("bytes", "Bps"):
@@ -233,7 +240,7 @@ def write(source: Source) -> list[Path]:
         figure = draw(json.loads(path.read_text()), source)
         target = PREVIEW / f"{path.stem}.png"
         # No date or version in it, so that the same picture is the same file.
-        figure.savefig(target, dpi=70, metadata={"Software": None})
+        figure.savefig(target, dpi=80, metadata={"Software": None})
         written.append(target)
     return written
 

@@ -301,14 +301,14 @@ def test_each_alert_has_a_section_of_the_runbook_and_each_section_an_alert() -> 
         assert panel in titles
 
 
-def test_queries_of_the_runbook_are_those_that_promtool_tests() -> None:
+def test_queries_of_the_runbook_are_among_those_that_promtool_tests() -> None:
     text = (ROOT / rules.RUNBOOK).read_text()
     queries = re.findall(r"^```promql\n(.*?)^```", text, re.M | re.S)
-    tested = [
+    tested = {
         one["expr"] for test in RULES_TEST["tests"] for one in test.get("promql_expr_test", ())
-    ]
-    assert [" ".join(query.split()) for query in queries] == tested
-    assert {selector.name for query in queries for selector in selectors(query)} <= {*SERIES}
+    }
+    assert queries
+    assert {" ".join(query.split()) for query in queries} <= tested
 
 
 @pytest.mark.parametrize("alert", rules.ALERTS, ids=lambda alert: alert.name)
