@@ -14,6 +14,7 @@ import ray
 
 import asyncsplit
 from asyncsplit import AsyncDataIterator, SplitOptions, TelemetryConfig
+from asyncsplit.telemetry.catalog import WORST
 from asyncsplit.telemetry.discovery import targets
 from asyncsplit.telemetry.ray_metrics import Bridge
 from asyncsplit.telemetry.scrape import Samples
@@ -30,6 +31,11 @@ class Stuck(Reader):
         time.sleep(3600)  # noqa: ASYNC251 - that is what is wrong with it
 
 
+def get(url: str) -> str:
+    with urlopen(url, timeout=10) as reply:
+        return str(reply.read().decode())
+
+
 class Scraper:
     """Reads the metrics of a job as Prometheus does."""
 
@@ -43,11 +49,7 @@ class Scraper:
         url = self._url
         assert url is not None
 
-        def fetch() -> str:
-            with urlopen(url, timeout=10) as reply:
-                return str(reply.read().decode())
-
-        text = await asyncio.to_thread(fetch)
+        text = await asyncio.to_thread(get, url)
         return Samples.parse(text).total(f"asyncsplit_{name}", **labels)
 
     async def until(self, holds: Callable[[float], bool], name: str, **labels: str) -> float:
@@ -138,6 +140,40 @@ async def test_where_the_time_of_training_goes_is_told_apart() -> None:
     assert await scraper.value("barrier_arrivals_total") == 2
     assert await scraper.value("barrier_wait_seconds_count") == 1
     assert await scraper.value("guard_locks_total") >= 1
+
+
+async def test_a_scrape_of_a_thousand_splits_that_is_held_holds_nobody_up(tmp_path: Path) -> None:
+    its = split_of(2, 1_024)
+    url = await its[0].metrics_url()
+    assert url is not None
+    began, may_go_on = tmp_path / "began", tmp_path / "may go on"
+
+    def hold(coordinator: Any) -> None:
+        """Keep whoever asks for the ledger, as each scrape does."""
+        distribution = coordinator._state.distribution
+
+        def held() -> Any:
+            began.touch()
+            while not may_go_on.exists():
+                time.sleep(0.01)
+            return distribution()
+
+        coordinator._state.distribution = held
+
+    coordinator: Any = its[0]._consumer.coordinator
+    await coordinator.__ray_call__.remote(hold)
+    scrape = asyncio.create_task(asyncio.to_thread(get, url))
+    try:
+        await eventually(lambda: asyncio.to_thread(began.exists))
+        for _ in range(10):
+            assert (await its[0].status()).phase == "waiting"
+        assert not scrape.done()
+    finally:
+        may_go_on.touch()
+    samples = Samples.parse(await scrape)
+    assert samples.total("asyncsplit_splits") == 1_024
+    assert samples.by("split", "asyncsplit_rows_total").keys() == {""}
+    assert len(samples.by("split", "asyncsplit_split_silence_seconds")) == WORST
 
 
 async def test_a_ray_that_exports_no_metrics_says_what_is_missing() -> None:
