@@ -16,7 +16,7 @@ from asyncsplit.errors import (
     StreamClosedError,
 )
 
-KEPT = 4
+KEPT = 8
 """How many consumers of each split are remembered that have died or closed a stream, the latest:
 of earlier ones, no message is on its way any more."""
 

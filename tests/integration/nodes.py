@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import ray
@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import asyncsplit
 from asyncsplit import AsyncDataIterator, BatchStream, SplitOptions
 from tests.integration.consume import Reader, eventually, stopped
+from tests.integration.modes import MODES, Mode
 
 MB = 2**20
 BLOCKS = 12
@@ -130,19 +131,45 @@ def reader(it: AsyncDataIterator, node_id: str, **kwargs: Any) -> Any:
     return ray.remote(Reader).options(num_cpus=0, scheduling_strategy=there).remote(it, **kwargs)
 
 
-async def lose_blocks(cluster: Cluster, directory: str, **ray_remote_args: Any) -> Outcome:
-    """Kill a node that holds blocks no consumer has fetched; start another one."""
+class Reading(NamedTuple):
+    """A dataset split in two, of which each has had its first batch."""
+
+    its: list[AsyncDataIterator]
+    streams: list[BatchStream[Any]]
+    seen: list[int]
+    diary: Diary
+
+
+async def begin(mode: Mode, directory: str, **ray_remote_args: Any) -> Reading:
+    """Read the first batches; return when all other blocks have been made."""
     ds, diary, go = gated(directory, **ray_remote_args)
-    with node(cluster) as lost:
-        its = asyncsplit.streaming_split(ds, 2)
-        streams = [it.iter_batches(batch_size=None, prefetch_batches=0) for it in its]
-        # Each has one block, which it goes on to hold until it asks for the next one.
-        seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
-        go.touch()
+    its = mode.split(ds)
+    # A whole block, which goes on to be held until the next one is asked for, or half of it.
+    size = 5 if mode.shuffle else None
+    streams = [it.iter_batches(batch_size=size, prefetch_batches=0, **mode.reads) for it in its]
+    seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
+    go.touch()
+    if mode.routing == "demand":  # then Ray holds what nobody asks for
+        await eventually(lambda: begun(diary, BLOCKS))
+    else:
         await eventually(lambda: holds(its[0], BLOCKS))
+    return Reading(its, streams, seen, diary)
+
+
+async def begun(diary: Diary, blocks: int) -> bool:
+    """Tell whether so many blocks have been begun."""
+    return len(diary.runs()) >= blocks
+
+
+async def lose_blocks(
+    cluster: Cluster, directory: str, **ray_remote_args: Any
+) -> dict[str, Outcome]:
+    """Kill a node that holds blocks no consumer has fetched, in every mode; start another one."""
+    with node(cluster) as lost:
+        readings = [await begin(mode, directory, **ray_remote_args) for mode in MODES.values()]
         cluster.remove_node(lost, allow_graceful=False)
     with node(cluster):
-        return await outcome(its, streams, seen, diary)
+        return dict(zip(MODES, [await outcome(*reading) for reading in readings], strict=True))
 
 
 def full(every_ms: int) -> dict[str, str]:
@@ -236,7 +263,7 @@ def main() -> None:
         ray.init(address=cluster.address, log_to_driver=False)
         for line in sys.stdin:
             # A play that hangs ends all, and so shows where.
-            play = asyncio.wait_for(PLAYS[line.strip()](cluster, directory), 80)
+            play = asyncio.wait_for(PLAYS[line.strip()](cluster, directory), 160)
             print(json.dumps(asyncio.run(play)), file=answers)
         ray.shutdown()
         cluster.shutdown()

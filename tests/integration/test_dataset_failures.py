@@ -115,19 +115,24 @@ async def test_blocks_whose_owner_died_are_an_error_for_all(mapped: bool) -> Non
 
 
 def test_blocks_lost_with_their_node_are_produced_again(play: Any) -> None:
-    outcome = play("blocks are lost")
-    assert outcome["errors"] == []
-    assert outcome["rows"] == list(range(BLOCKS * ROWS))
-    assert len(outcome["runs"]) > BLOCKS, "they were lost"
+    for mode, outcome in play("blocks are lost").items():
+        assert outcome["errors"] == [], mode
+        assert outcome["rows"] == list(range(BLOCKS * ROWS)), mode
+        assert len(outcome["runs"]) > BLOCKS, f"they were lost: {mode}"
 
 
 def test_lost_blocks_that_cannot_be_produced_again_are_an_error_for_all(play: Any) -> None:
-    outcome = play("blocks are lost for good")
-    assert len(outcome["errors"]) == 2
-    for classes in outcome["errors"]:
-        assert "ObjectLostError" in classes
-    assert outcome["rows"] == list(range(2 * ROWS)), "what was delivered before"
-    assert len(outcome["runs"]) == BLOCKS
+    for mode, outcome in play("blocks are lost for good").items():
+        assert len(outcome["errors"]) == 2, mode
+        for classes in outcome["errors"]:
+            # On demand the last of them may be lost as it is made.
+            assert ("RayError" if mode == "demand" else "ObjectLostError") in classes, mode
+        before = list(range(2 * ROWS))
+        if mode == "local shuffle":  # its first batch is half a block
+            assert len(outcome["rows"]) == len(set(outcome["rows"]).intersection(before)) > 0
+        else:
+            assert outcome["rows"] == before, f"what was delivered before: {mode}"
+        assert len(outcome["runs"]) == BLOCKS, mode
 
 
 def test_running_out_of_memory_again_and_again_is_an_error_for_all(play: Any) -> None:
