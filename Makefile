@@ -1,6 +1,7 @@
 VENV := .venv
 VENV_LOWEST := .venv-lowest
 VENV_WHEEL := .venv-wheel
+VENV_RAY_METRICS := .venv-ray-metrics
 
 # python3.11, or else any python3 that is new enough.
 PYTHON ?= $(shell for python in python3.11 python3; do \
@@ -14,7 +15,7 @@ PARALLEL := --numprocesses=2 --dist=worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-observed test test-unit test-lowest dist check format bench bench-quick simulate \
+.PHONY: help venv demo demo-observed test test-unit test-lowest test-ray-metrics dist check format bench bench-quick simulate \
 	chaos soak clean docs
 
 help: ## List the targets
@@ -39,6 +40,10 @@ test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest supported 
 	$(VENV_LOWEST)/bin/python -m pytest tests/unit tests/integration $(PARALLEL) \
 		--ignore=tests/integration/test_examples.py --ignore=tests/integration/test_docs.py \
 		--ignore=tests/integration/test_train.py $(ARGS)
+
+# Not in .venv: with ray[default] each start of a Ray takes twice as long.
+test-ray-metrics: $(VENV_RAY_METRICS)/.installed ## Run the test of metrics among Ray's own, which need ray[default]
+	$(VENV_RAY_METRICS)/bin/python -m pytest tests/telemetry/test_ray_metrics.py $(ARGS)
 
 dist: venv ## Build wheel and sdist, and try the wheel in an environment of its own
 	rm -rf dist $(VENV_WHEEL)
@@ -78,13 +83,14 @@ soak: venv ## Run 1000 epochs of a real job and see what grows: 15 minutes
 	$(BIN)/python -m tests.soak --epochs 1000 $(ARGS)
 
 clean: ## Remove everything that was generated, the virtual environments too
-	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_WHEEL) $(VENV_LOWEST).txt build dist .coverage* .hypothesis .*_cache
+	rm -rf $(VENV) $(VENV_LOWEST) $(VENV_WHEEL) $(VENV_RAY_METRICS) $(VENV_LOWEST).txt build dist .coverage* .hypothesis .*_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.installed: PACKAGES = --editable '.[dev,demo,bench,docs]'
+$(VENV_RAY_METRICS)/.installed: PACKAGES = --editable '.[dev]' 'ray[default]'
 $(VENV_LOWEST)/.installed: PACKAGES = --editable '.[dev,demo]' --constraint $(VENV_LOWEST).txt
 $(VENV_LOWEST)/.installed: $(VENV_LOWEST).txt
-$(VENV)/.installed $(VENV_LOWEST)/.installed: pyproject.toml
+$(VENV)/.installed $(VENV_LOWEST)/.installed $(VENV_RAY_METRICS)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { \
 		echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(@D)

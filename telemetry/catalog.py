@@ -1022,7 +1022,9 @@ ready. One that trains on a batch for long cannot be told from one that is stuck
 - **Ray's own metrics.** `TelemetryConfig(ray_metrics=True)` adds them there every
   `push_interval_s`, with `ray_` before the name and without the label `split`: sums of counters,
   and the worst split's gauge. Of a histogram there are counters, `_sum_total` and `_count_total`.
-  That needs `ray[default]`.
+  A counter is there once it has counted something, since Ray takes no zero. That needs
+  `ray[default]` on all nodes, and is what each node's agent serves at its `MetricsExportPort`, also
+  with `ray.init(include_dashboard=False)`.
 
 ## Reference
 
