@@ -27,8 +27,10 @@ PREVIEW = Path(__file__).parent / "preview"
 
 _STEPS = 120
 _RED = "#c4162a"
-_SMALL, _MOST_NAMES = 8, 12
-"""Size of ticks and legends in points; names in a legend."""
+_SMALL = 8
+"""Size of ticks and legends, in points."""
+_MOST_NAMES, _LONG = 12, 24
+"""Names in a legend, and letters from which on two of them fill a line."""
 
 
 class Series(NamedTuple):
@@ -132,7 +134,9 @@ def _timeseries(axes: Axes, panel: dict[str, Any], source: Source) -> None:
             target.fill_between(series.times, under, values, color=colour, alpha=0.3, lw=0)
             base |= dict(zip(series.times, values, strict=True))
         style = "-" if target is axes else ":"
-        target.plot(series.times, values, style, color=colour, lw=1.2)
+        # A line of nothing would lie on the one below it in the stack, and hide its colour.
+        if any(series.values) or not stacking:
+            target.plot(series.times, values, style, color=colour, lw=1.2)
         axes.plot([], [], style, color=colour, label=series.name)
     axes.set_xlim(0, source.end - source.start)
     if found:
@@ -140,7 +144,7 @@ def _timeseries(axes: Axes, panel: dict[str, Any], source: Source) -> None:
             *_first(axes, _MOST_NAMES),
             loc="upper center",
             bbox_to_anchor=(0.5, -0.1),
-            ncols=3,
+            ncols=3 if max(len(series.name) for series, _ in found) < _LONG else 2,
             fontsize=_SMALL,
             handlelength=1.2,
             columnspacing=1.0,
