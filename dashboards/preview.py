@@ -4,8 +4,8 @@ It runs the queries of the dashboards' JSON on a Prometheus that has watched a j
 panel with matplotlib into ``dashboards/preview``. Layout, titles, units and thresholds are those of
 the JSON; how Grafana would draw it is not known here.
 
-For the previews that are kept: `asyncsplit dashboards export` with a `--discovery-dir`, intervals of
-1s in its `prometheus.yml`, a Prometheus with that, `python -m dashboards.job` with the same
+Those that are kept were made so: `asyncsplit dashboards export` with a `--discovery-dir`, intervals
+of 1s in its `prometheus.yml`, a Prometheus with that, `python -m dashboards.job` with the same
 directory, and this with `--ago` so that it ends while the job runs.
 """
 
