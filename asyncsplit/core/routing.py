@@ -65,8 +65,6 @@ class RowsRouter:
         self.truncated_rows = 0
         self.padded_rows = 0
         """Rows given a second time, to make shares equal."""
-        self.locality_hits = 0
-        self.locality_misses = 0
         self._hints = hints
         self._held: deque[Part] = deque()
         self._finished = False
@@ -131,11 +129,6 @@ class RowsRouter:
     def _give(self, split: int, index: int) -> Assignment:
         part = self._held[index]
         del self._held[index]
-        if self._hints is not None:
-            if part.node == self._hints[split]:
-                self.locality_hits += 1
-            else:
-                self.locality_misses += 1
         self.rows[split] += part.rows
         self.unassigned_rows -= part.rows
         self.unassigned_bytes -= part.size_bytes
