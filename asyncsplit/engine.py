@@ -297,19 +297,6 @@ def concat_blocks(blocks: Sequence[Any]) -> Any:
     return builder.build()
 
 
-def finalized(finalize: Callable[[Any], Any], batch: Any) -> Any:
-    """Return a batch as a ``_finalize_fn`` of `ray.data.DataIterator` leaves it to its user."""
-    from ray.data._internal.block_batching import interfaces
-
-    result = finalize(batch)
-    wrapper = getattr(interfaces, "FinalizedData", None)  # not in Ray 2.56
-    if wrapper is None or not isinstance(result, wrapper):
-        return result
-    if result.on_consume is not None:
-        result.on_consume()
-    return result.data
-
-
 def in_train_worker() -> bool:
     """Tell whether this process is a worker of Ray Train."""
     # Nobody is one without that module, which takes seconds to import.

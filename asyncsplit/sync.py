@@ -2,21 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import ray
 from ray.data import DataContext, DataIterator, Schema
 from ray.data.dataset import MaterializedDataset
 
-from asyncsplit import engine
+from asyncsplit.collate import Recipe
 from asyncsplit.guard import DuringExecution
 from asyncsplit.remote import answer_blocking
 from asyncsplit.stream import BatchStream
 
 if TYPE_CHECKING:
     from asyncsplit.iterator import AsyncDataIterator
-
-T = TypeVar("T")
 
 
 class SyncDataIterator(DataIterator):
@@ -50,6 +48,10 @@ class SyncDataIterator(DataIterator):
         """Return an iterable of this split's rows, each a dict."""
         return _Epochs(self.iterator.iter_rows)
 
+    def iter_torch_batches(self, **arguments: Any) -> Iterable[Any]:
+        """Return an iterable of batches of tensors; see `AsyncDataIterator.iter_torch_batches`."""
+        return _Epochs(partial(self.iterator.iter_torch_batches, **arguments))
+
     def materialize(self) -> "MaterializedDataset[Any]":
         """Read one epoch of this split into a dataset, whose blocks this process owns."""
         blocks = self.iter_batches(batch_size=None, batch_format=None)  # type: ignore[arg-type]
@@ -81,17 +83,17 @@ class SyncDataIterator(DataIterator):
         self,
         *,
         _collate_fn: Callable[[Any], Any] | None = None,
-        _finalize_fn: Callable[[Any], Any] | None = None,
-        **kwargs: Any,
+        **arguments: Any,
     ) -> Iterable[Any]:
         """Return an iterable of batches, each iteration an epoch.
 
-        The base class makes everything else of it: torch and JAX batches, ``to_tf`` and so on.
+        The base class makes everything else of it: batches of JAX and TensorFlow, ``to_tf`` and
+        so on. Only its ``iter_torch_batches`` has a ``_finalize_fn``, too.
         """
-        steps = [] if _collate_fn is None else [_collate_fn]
-        if _finalize_fn is not None:
-            steps.append(partial(engine.finalized, _finalize_fn))
-        return _Epochs(partial(self.iterator.iter_batches, **kwargs), steps)
+        if _collate_fn is None:
+            return _Epochs(partial(self.iterator.iter_batches, **arguments))
+        recipe = Recipe(arguments.pop("batch_format"), _collate_fn)
+        return _Epochs(partial(self.iterator._convert, recipe, **arguments))
 
     def _to_ref_bundle_iterator(self) -> Any:
         return self.materialize().iterator()._to_ref_bundle_iterator()
@@ -100,18 +102,12 @@ class SyncDataIterator(DataIterator):
         return answer_blocking(self.iterator.coordinator, method, *args)
 
 
-class _Epochs(Generic[T]):
+class _Epochs:
     """An iterable of a new stream for each iteration, which is dropped with it."""
 
-    def __init__(
-        self, stream: Callable[[], BatchStream[Any]], steps: Sequence[Callable[[Any], T]] = ()
-    ) -> None:
+    def __init__(self, stream: Callable[[], BatchStream[Any]]) -> None:
         stream()  # wrong arguments are an error here already
         self._stream = stream
-        self._steps = steps
 
-    def __iter__(self) -> Iterator[T]:
-        items: Iterator[Any] = iter(self._stream())
-        for step in self._steps:
-            items = map(step, items)
-        return items
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._stream())

@@ -1,6 +1,7 @@
 """`as_data_iterator`: a split as a `ray.data.DataIterator`."""
 
 import asyncio
+import threading
 from typing import Any, cast
 
 import numpy as np
@@ -19,7 +20,13 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 class Doubled(NumpyBatchCollateFn):
     def __call__(self, batch: dict[str, np.ndarray]) -> Any:
+        assert threading.current_thread() is not threading.main_thread(), "beside the loop"
         return torch.as_tensor(batch["id"] * 2)
+
+
+class Negative(NumpyBatchCollateFn):
+    def __call__(self, batch: dict[str, np.ndarray]) -> Any:
+        return {"id": -batch["id"]}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +63,10 @@ def test_it_is_a_data_iterator_with_all_that_one_has(it: SyncDataIterator) -> No
     assert [int(value) for batch in torch_batches for value in batch["id"]] == everything
     collated = it.iter_torch_batches(batch_size=50, collate_fn=Doubled())
     assert torch.equal(torch.cat([*cast("Any", collated)]), torch.arange(0, 200, 2))
+    arrays = it.iter_jax_batches(batch_size=50, collate_fn=Negative(), drop_last=True)
+    assert [-int(value) for batch in arrays for value in cast("Any", batch)["id"]] == everything
+    (whole,) = it.to_torch(batch_size=100, label_column="id")
+    assert whole[1].flatten().tolist() == everything
     materialized = it.materialize()
     assert [row["id"] for row in materialized.take_all()] == everything
     assert "ReadRange" in it.stats()

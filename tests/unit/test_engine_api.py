@@ -169,20 +169,6 @@ def test_data_iterators_build_on_what_ours_has() -> None:
     assert theirs == names, moved(f"DataIterator._iter_batches: {theirs ^ names}")
 
 
-def test_a_finalized_batch_is_taken_out_of_its_wrapper() -> None:
-    module = importlib.import_module("ray.data._internal.block_batching.interfaces")
-    taken: list[int] = []
-
-    def finalize(batch: int) -> Any:
-        if not hasattr(module, "FinalizedData"):  # Ray 2.56
-            return batch
-        return module.FinalizedData(batch, lambda: taken.append(batch))
-
-    assert engine.finalized(finalize, 3) == 3
-    assert taken == ([3] if hasattr(module, "FinalizedData") else [])
-    assert engine.finalized(lambda batch: batch, 3) == 3
-
-
 def test_a_task_error_has_its_cause() -> None:
     cause = ValueError()
     error = RayTaskError("function", "traceback", cause, proctitle="", pid=1, ip="localhost")

@@ -19,7 +19,7 @@ from ray.data.collate_fn import (
     PandasBatchCollateFn,
 )
 
-from asyncsplit import engine, jax_batches, torch_batches
+from asyncsplit import jax_batches, torch_batches
 from asyncsplit.collate import Recipe
 from asyncsplit.pipeline import Pipeline
 from tests.integration.test_formats import TABLES
@@ -112,7 +112,7 @@ class Theirs(DataIterator):
     ) -> Iterator[Any]:
         for batch in feed(Pipeline(batch_format=batch_format, **arguments), self._blocks):
             collated = batch if _collate_fn is None else _collate_fn(batch)
-            yield collated if _finalize_fn is None else engine.finalized(_finalize_fn, collated)
+            yield collated if _finalize_fn is None else _finalize_fn(collated).data
 
     def _to_ref_bundle_iterator(self) -> Any:
         raise NotImplementedError
