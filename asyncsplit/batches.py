@@ -152,7 +152,8 @@ class Batches:
         """Return a stream of batches of JAX arrays; arguments as `ray.data.DataIterator`'s.
 
         A batch is a dict of arrays, whose rows are shared out among all JAX devices. They are made
-        in threads, as those of `iter_torch_batches` are.
+        in threads, as those of `iter_torch_batches` are; with several JAX processes, which have to
+        begin computations in the same order, where the loop asks.
 
         Args:
             prefetch_batches: How many batches' blocks to fetch ahead, and batches to make ahead.

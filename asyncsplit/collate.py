@@ -35,8 +35,8 @@ class Recipe(NamedTuple):
 
     batch_format: str
     convert: Convert
-    is_cheap: bool = False
-    """Whether it is done where the loop asks, because a thread would cost more."""
+    in_loop: bool = False
+    """Whether it is done where the loop asks, because a thread would cost more, or must not."""
     pandas_as_arrow: bool = False
     """Whether batches from pandas blocks come as Arrow tables, whatever the format."""
 
@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
         pipeline = Pipeline(
             batch_format=self.batch_format, pandas_as_arrow=self.pandas_as_arrow, **arguments
         )
-        if self.is_cheap:
+        if self.in_loop:
             return Converted(pipeline, self.convert)
         return Collated(pipeline, self.convert, ahead=ahead)
 

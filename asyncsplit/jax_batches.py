@@ -35,10 +35,11 @@ def recipe(
             f"batch_size={batch_size} cannot be shared by the {devices} JAX devices of this"
             f" process: use a multiple of {devices}"
         )
-    if synchronize_batches and jax.process_count() > 1:
+    processes = jax.process_count()
+    if synchronize_batches and processes > 1:
         raise ValueError(
-            f"synchronize_batches=True is not supported with {jax.process_count()} JAX processes:"
-            " split with equal=True, which gives all of them batches of the same shapes"
+            f"synchronize_batches=True is not supported with {processes} JAX processes: split with"
+            " equal=True, which gives all of them batches of the same shapes"
         )
     if collate_fn is not None and not isinstance(collate_fn, CollateFn):
         input_format(collate_fn)
@@ -53,4 +54,10 @@ def recipe(
         arrays = jax_sync_generator([batch], drop_last, batch_size, paddings, dtypes)
         return next(arrays, SKIPPED)
 
-    return Recipe("numpy" if collate_fn is None else input_format(collate_fn), convert)
+    # Casting an array that several processes share is a computation that all have to begin in the
+    # same order, beside their training steps. So no thread may begin one.
+    return Recipe(
+        "numpy" if collate_fn is None else input_format(collate_fn),
+        convert,
+        in_loop=processes > 1,
+    )

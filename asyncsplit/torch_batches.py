@@ -64,7 +64,7 @@ def recipe(
         steps.append(_pin_tensors)
     if collate_fn is None:
         if target.type == "cpu" and not pin_memory and dtypes is None:
-            return Recipe("numpy", _ToTensors(None), is_cheap=True, pandas_as_arrow=True)
+            return Recipe("numpy", _ToTensors(None), in_loop=True, pandas_as_arrow=True)
         steps = [_ToTensors(dtypes), *steps, _Move(target)]
         return Recipe("numpy", _Chain(steps), pandas_as_arrow=True)
     return Recipe(input_format(collate_fn), _Chain([collate_fn, *steps, _Move(target)]))

@@ -29,7 +29,8 @@ NOTES = {
     "iter_rows": "a `BatchStream` of dicts",
     "iter_torch_batches": "casts, `collate_fn`, pinning and moves run in threads beside the loop;"
     " without them, tensors are views of blocks, made where the loop asks",
-    "iter_jax_batches": "arrays are made in threads beside the loop",
+    "iter_jax_batches": "arrays are made in threads beside the loop; with several JAX processes,"
+    " where the loop asks",
     "iter_tf_batches": "tensors are made in threads beside the loop",
     "materialize": "its blocks are copies that the caller owns",
     "stats": "followed by a section of asyncsplit's own",

@@ -316,14 +316,14 @@ def test_a_cheap_function_is_applied_where_a_batch_is_asked_for() -> None:
         where.append(threading.current_thread())
         return ids(batch)
 
-    stage = Recipe("numpy", convert, is_cheap=True).pipeline(ahead=1, batch_size=4)
+    stage = Recipe("numpy", convert, in_loop=True).pipeline(ahead=1, batch_size=4)
     assert list(drain(stage, [block(0, 10)])) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert set(where) == {here}
     assert (stage.rows_out, stage.batches_out) == (10, 3)
 
 
 def test_an_error_of_a_cheap_function_does_not_count_its_batch() -> None:
-    stage = Recipe("numpy", lambda batch: 1 // int(batch["id"][0]), is_cheap=True).pipeline(
+    stage = Recipe("numpy", lambda batch: 1 // int(batch["id"][0]), in_loop=True).pipeline(
         ahead=1, batch_size=5
     )
     batches = drain(stage, [block(-5, 5), block(0, 5), block(5, 5)])

@@ -266,6 +266,7 @@ def test_jax_gets_batches_that_its_devices_can_share(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     with pytest.raises(ValueError, match="not supported with 3 JAX processes"):
         jax_batches.recipe(**arguments)
+    assert jax_batches.recipe(**{**arguments, "synchronize_batches": False}).in_loop
 
 
 @pytest.mark.parametrize("name", ["int64", "tensor", "bool", "string", "pandas float32"])
