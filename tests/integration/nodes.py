@@ -7,19 +7,22 @@ The session's cluster has one node, which has to stay. Each line of the input na
 import asyncio
 import json
 import os
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
+from urllib.request import urlopen
 
 import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 from ray.data import Dataset
 from ray.exceptions import RayActorError
+from ray.experimental import get_object_locations
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import asyncsplit
@@ -75,7 +78,7 @@ class Diary:
 
 @contextmanager
 def node(cluster: Cluster, environment: dict[str, str] | None = None) -> Iterator[Any]:
-    """Add a node of one CPU, the only one that can execute anything; kill it at the end."""
+    """Add a node of one CPU, which the driver's node has not; kill it at the end."""
     environment = environment or {}
     os.environ.update(environment)
     added = cluster.add_node(num_cpus=1)
@@ -127,8 +130,13 @@ async def holds(it: AsyncDataIterator, blocks: int) -> bool:
 
 def reader(it: AsyncDataIterator, node_id: str, **kwargs: Any) -> Any:
     """Start a consumer on a node."""
-    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(Reader).options(num_cpus=0, scheduling_strategy=there).remote(it, **kwargs)
+    return (
+        ray.remote(Reader).options(num_cpus=0, scheduling_strategy=on(node_id)).remote(it, **kwargs)
+    )
+
+
+def on(node_id: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
 class Reading(NamedTuple):
@@ -209,8 +217,8 @@ class Maker:
 async def lose_the_coordinator(cluster: Cluster, directory: str) -> Outcome:
     """Kill the node on which a split was created, and with it the coordinator."""
     with node(cluster), node(cluster) as lost:
-        there = NodeAffinitySchedulingStrategy(lost.node_id, soft=False)
-        maker: Any = ray.remote(Maker).options(num_cpus=0, scheduling_strategy=there).remote()
+        there = {"num_cpus": 0, "scheduling_strategy": on(lost.node_id)}
+        maker: Any = ray.remote(Maker).options(**there).remote()
         its = await maker.make.remote()
         streams = [it.iter_batches(batch_size=1) for it in its]
         seen = [int(i) for batch in await asyncio.gather(*map(anext, streams)) for i in batch["id"]]
@@ -241,12 +249,113 @@ async def lose_a_worker(cluster: Cluster, directory: str) -> Outcome:
         return await outcome(its, [its[0].iter_batches(), stream], seen, diary)
 
 
+class Blocks(TypedDict):
+    """How many blocks came to consumers, by where they were produced."""
+
+    local: int
+    remote: int
+    unknown: int
+
+
+class Places(TypedDict):
+    """What is where, with two nodes beside the driver's."""
+
+    followed: Blocks
+    """With hints that say where the consumers are."""
+    swapped: Blocks
+    """With hints that say the opposite."""
+    coordinator: list[str]
+    """The node that it was to run on, and the one it ran on."""
+    ahead: list[int]
+    """Which of 8 blocks are on the consumer's node while it holds block 0."""
+
+
+class Pair:
+    """Consumes a split, and then another one."""
+
+    def __init__(self, its: list[AsyncDataIterator]) -> None:
+        self._streams = [it.iter_batches(batch_size=None, prefetch_batches=0) for it in its]
+
+    async def begin(self, which: int) -> None:
+        await anext(self._streams[which])
+
+    async def rest(self, which: int) -> None:
+        async for _ in self._streams[which]:
+            pass
+
+
+async def located(it: AsyncDataIterator) -> Blocks:
+    """Return what the metrics say of where blocks were."""
+    url = await it.metrics_url()
+    assert url is not None
+    text = await asyncio.to_thread(lambda: urlopen(url).read().decode())
+    counts = re.findall(r'located_blocks_total\{.*location="(\w+)"\} (\d+)', text)
+    return cast("Blocks", {where: int(count) for where, count in counts})
+
+
+async def place(cluster: Cluster, directory: str) -> Places:
+    """Have blocks made on two nodes and read there, with hints and with wrong ones."""
+    here = tempfile.mkdtemp(dir=directory)
+
+    def produce(batch: Any) -> Any:
+        # Else one node could be through before the other has started a process.
+        Path(here, ray.get_runtime_context().get_node_id()).touch()
+        while len(list(Path(here).iterdir())) < 2:
+            time.sleep(0.01)
+        return {"id": batch["id"], "payload": np.zeros((ROWS, PAYLOAD), np.uint8)}
+
+    ds = ray.data.range(2 * BLOCKS * ROWS, override_num_blocks=2 * BLOCKS).map_batches(produce)
+    with node(cluster) as one, node(cluster) as other:
+        nodes = [one.node_id, other.node_id]
+        options = SplitOptions(coordinator_node_id=nodes[1])
+        ways = [
+            asyncsplit.streaming_split(ds, 2, locality_hints=hints, options=options)
+            for hints in (nodes, nodes[::-1])
+        ]
+        readers: list[Any] = [
+            ray.remote(Pair).options(num_cpus=0, scheduling_strategy=on(at)).remote(list(its))
+            for at, its in zip(nodes, zip(*ways, strict=True), strict=True)
+        ]
+        blocks = []
+        for which, (it, _) in enumerate(ways):
+            await asyncio.gather(*(reader.begin.remote(which) for reader in readers))
+            await eventually(lambda: holds(it, 2 * BLOCKS), 60)  # noqa: B023 - awaited at once
+            await asyncio.gather(*(reader.rest.remote(which) for reader in readers))
+            blocks.append(await located(it))
+        runs_on = (await ways[0][0].status()).node_id
+        ahead = await fetch_ahead(ds.limit(8 * ROWS).materialize())
+    return Places(
+        followed=blocks[0], swapped=blocks[1], coordinator=[nodes[1], runs_on], ahead=ahead
+    )
+
+
+async def fetch_ahead(ds: Dataset) -> list[int]:
+    """Read a block of other nodes, and no more; return which are on this one in the end."""
+    refs = [ref for bundle in ds.iter_internal_ref_bundles() for ref in bundle.block_refs]
+    me = ray.get_runtime_context().get_node_id()
+
+    def here() -> list[int]:
+        places = get_object_locations(refs)
+        return [i for i, ref in enumerate(refs) if me in places[ref]["node_ids"]]
+
+    async def three_more() -> bool:
+        return {1, 2, 3} <= set(here())
+
+    (it,) = asyncsplit.streaming_split(ds, 1)
+    assert here() == []
+    async with it.iter_batches(batch_size=None, prefetch_batches=3) as stream:
+        await anext(stream)
+        await eventually(three_more, 60)
+        return here()
+
+
 PLAYS: dict[str, Any] = {
     "blocks are lost": lose_blocks,
     "blocks are lost for good": lambda *where: lose_blocks(*where, max_retries=0),
     "out of memory": run_out_of_memory,
     "the coordinator's node is lost": lose_the_coordinator,
     "a worker's node is lost": lose_a_worker,
+    "blocks and nodes": place,
 }
 
 
