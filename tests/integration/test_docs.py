@@ -80,8 +80,6 @@ for place, code in json.load(sys.stdin):
 """
 
 
-# Starting PyTorch in each of Ray Train's processes takes most of a minute on two busy cores.
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_python_blocks_run_and_print_what_is_said(
     page: Path, ray_cluster: None, tmp_path: Path
@@ -99,7 +97,7 @@ def test_python_blocks_run_and_print_what_is_said(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ RUNS: dict[str, list[tuple[str, str]]] = {
     # The worker that died had seen 500 rows. Those that it had not committed came again.
     "actors.py": [("--rows 4000 --epochs 2 --crash", r"rows: \[4000, (3[5-9]|40)00\]\n")],
     "inference.py": [("--rows 600", r"sum of the answers: 359400\nbounded: True\n")],
+    "ray_train.py": [("--rows 1000 --crash", r"steps: 20 epochs: 2\n")],
     "resume.py": [
         ("state.json --rows 3000 --epochs 1 --workers 2 --stop-after 3", r"rows: 600\n"),
         ("state.json --rows 3000 --epochs 1 --workers 3", r"rows: 2400\n"),
@@ -35,6 +36,8 @@ def test_an_example_runs(example: Path, ray_cluster: None, tmp_path: Path) -> No
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         "RAY_LOG_TO_DRIVER": "0",
+        # By default a group that has ended, or failed, is not looked at for up to 2 s.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
     for arguments, printed in RUNS[example.name]:
         done = subprocess.run(
@@ -43,7 +46,7 @@ def test_an_example_runs(example: Path, ray_cluster: None, tmp_path: Path) -> No
             env=environment,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=200,
             check=False,
         )
         assert done.returncode == 0, done.stderr

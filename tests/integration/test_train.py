@@ -1,29 +1,35 @@
 """Ray Train with `AsyncDataConfig`: real trainers, on CPUs and with gloo."""
 
 import asyncio
-import json
 import os
 import pickle
 import signal
-import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import ray
-import ray.train.torch
-import torch
-from ray.data import DataIterator, Dataset, ExecutionOptions
-from ray.train import Checkpoint, FailureConfig, Result, RunConfig, ScalingConfig
+from ray.data import DataIterator, ExecutionOptions
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from asyncsplit import AsyncDataIterator, SplitOptions
-from asyncsplit.train import AsyncDataConfig, get_dataset_shard, load_state, save_state
+from asyncsplit.train import AsyncDataConfig
 from tests.integration.consume import eventually
 from tests.integration.processes import runs
+from tests.integration.training import (
+    BATCH,
+    BLOCK_BYTES,
+    EPOCHS,
+    ROWS,
+    STEPS,
+    Log,
+    dataset,
+    train_async,
+    train_sync,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("ray_cluster"),
@@ -31,171 +37,90 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`ExecutionOptions.exclude_resources` is deprecated"),
 ]
 
-ROWS, EPOCHS, BATCH = 240, 2, 10
-STEPS = ROWS // 2 // BATCH
-"""Of an epoch, with two workers."""
-SAVE_EVERY = 5
-BLOCK_BYTES = 2**20
 KILLED_AT = STEPS + 8
 """A step in the middle of the second epoch."""
 
-
-def dataset() -> Dataset:
-    def features(batch: Any) -> Any:
-        x = batch["id"] / np.float32(ROWS)
-        payload = np.zeros((len(x), BLOCK_BYTES // len(x)), np.uint8)
-        return {"id": batch["id"], "x": x, "y": 3 * x + 1, "payload": payload}
-
-    return ray.data.range(ROWS, override_num_blocks=12).map_batches(features)
-
-
-class Step(NamedTuple):
-    """What a rank writes down of a training step."""
-
-    step: int
-    epoch: int
-    loss: float
-    ids: list[int]
-
-
-class Loop:
-    """A training loop that saves its state every few steps, and can be killed once."""
-
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.it = get_dataset_shard("train", config.get("data_config"))
-        pid = asyncio.run(self.it.status()).pid
-        Path(config["log"], "coordinators", str(pid)).touch()
-        linear = torch.nn.Linear(1, 1)
-        torch.nn.init.zeros_(linear.weight)
-        torch.nn.init.zeros_(linear.bias)
-        self.module = linear
-        self.model = ray.train.torch.prepare_model(linear)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-        self.epoch = self.step = 0
-        self.log = Path(config["log"], f"rank-{self.rank}.jsonl")
-        if checkpoint := ray.train.get_checkpoint() or config.get("checkpoint"):
-            with checkpoint.as_directory() as directory:
-                saved = torch.load(Path(directory, "model.pt"))
-                self.module.load_state_dict(saved["model"])
-                self.step = saved["step"]
-                self.epoch = load_state(directory, self.it)
-
-    def save(self) -> None:
-        with tempfile.TemporaryDirectory() as directory:
-            if self.rank == 0:
-                saved = {"model": self.module.state_dict(), "step": self.step}
-                torch.save(saved, Path(directory, "model.pt"))
-            save_state(directory, self.it)
-            ray.train.report({"step": self.step}, checkpoint=Checkpoint.from_directory(directory))
-
-    def train(self, batch: dict[str, np.ndarray]) -> None:
-        x, y = (torch.tensor(batch[name]).float().unsqueeze(1) for name in "xy")
-        loss = torch.nn.functional.mse_loss(self.model(x), y)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.step += 1
-        mean = loss.detach() / self.world_size
-        if self.world_size > 1:
-            torch.distributed.all_reduce(mean)
-        line = Step(self.step, self.epoch, mean.item(), batch["id"].tolist())
-        with self.log.open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        if self.step % SAVE_EVERY == 0:
-            self.save()
-        killed = Path(self.config["log"], "killed")
-        if self.rank == 1 and self.step == self.config.get("kill_at") and not killed.exists():
-            killed.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    async def run(self) -> None:
-        while self.epoch < EPOCHS:
-            async for batch in self.it.iter_batches(batch_size=BATCH):
-                self.train(batch)
-            self.epoch += 1
-
-
-def train_async(config: dict[str, Any]) -> None:
-    asyncio.run(Loop(config).run())
-
-
-def train_sync(config: dict[str, Any]) -> None:
-    loop = Loop(config)
-    it = ray.train.get_dataset_shard("train")
-    assert isinstance(it, DataIterator)
-    while loop.epoch < EPOCHS:
-        for batch in it.iter_batches(batch_size=BATCH):
-            loop.train(cast("dict[str, np.ndarray]", batch))
-        loop.epoch += 1
-
-
-class Run(NamedTuple):
-    result: Result
-    log: Path
-
-    def coordinators(self) -> list[int]:
-        """Return the processes of all that the run had."""
-        return [int(path.name) for path in Path(self.log, "coordinators").iterdir()]
-
-    def steps(self, rank: int) -> list[Step]:
-        lines = Path(self.log, f"rank-{rank}.jsonl").read_text().splitlines()
-        return [Step(*json.loads(line)) for line in lines]
-
-    def checkpoint(self, step: int) -> Checkpoint:
-        assert self.result.best_checkpoints is not None
-        found = {metrics["step"]: saved for saved, metrics in self.result.best_checkpoints}
-        return cast("Checkpoint", found[step])
-
-
-Fit = Callable[..., Run]
+Fit = Callable[..., Log]
 
 
 @pytest.fixture(scope="module")
-def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
+def fit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fit]:
     """Return a function that trains, and sees to it that nothing is left of the run."""
 
-    def fit(train: Callable[[dict[str, Any]], None], workers: int, **config: Any) -> Run:
-        folder = tmp_path_factory.mktemp("train")
-        Path(folder, "coordinators").mkdir()
+    def fit(
+        train: Callable[[dict[str, Any]], None],
+        workers: int,
+        *,
+        aborted: bool = False,
+        **config: Any,
+    ) -> Log:
+        log = Log(tmp_path_factory.mktemp("train"))
         free = ray.available_resources()["object_store_memory"]
         data_config = AsyncDataConfig(
             execution_options=ExecutionOptions(preserve_order=True), sync=train is train_sync
         )
         trainer = TorchTrainer(
             train,
-            train_loop_config={"log": str(folder), "data_config": data_config, **config},
+            train_loop_config={"log": str(log.folder), "data_config": data_config, **config},
             datasets={"train": dataset()},
             dataset_config=data_config,
             scaling_config=ScalingConfig(num_workers=workers, resources_per_worker={"CPU": 0.1}),
             run_config=RunConfig(
-                storage_path=str(folder), failure_config=FailureConfig(max_failures=1)
+                storage_path=str(log.folder), failure_config=FailureConfig(max_failures=1)
             ),
         )
-        run = Run(trainer.fit(), folder)
+        if aborted:
+            abort(trainer, log)
+        else:
+            saved = trainer.fit().best_checkpoints or []
+            log.checkpoints = {metrics["step"]: checkpoint for checkpoint, metrics in saved}
         del trainer
 
         async def nothing_left() -> bool:
             # Ray's controller stays until the next run or the end of the process, and keeps some.
             held = free - ray.available_resources().get("object_store_memory", 0)
-            return held < BLOCK_BYTES and not any(map(runs, run.coordinators()))
+            return held < BLOCK_BYTES and not any(map(runs, log.coordinators()))
 
         if workers:  # else all is in this process, and Ray keeps the dataset
             asyncio.run(eventually(nothing_left, 60))
-        return run
+        return log
 
-    return fit
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        # By default a group that has ended, or failed, is not looked at for up to 2 s.
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+        yield fit
+    signal.signal(signal.SIGINT, handler)
+
+
+def abort(trainer: TorchTrainer, log: Log) -> None:
+    """Train until somebody has stopped, then press Ctrl-C."""
+    over = threading.Event()
+
+    def press() -> None:
+        while not over.wait(0.05):
+            if log.stopped.exists():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit()
+    finally:
+        over.set()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(fit: Fit) -> Run:
-    return fit(train_async, 2)
+def uninterrupted(fit: Fit) -> Log:
+    """Return the log of whole epochs, and of one more that was left with Ctrl-C."""
+    return fit(train_async, 2, aborted=True, epochs=EPOCHS + 1, stop_at=EPOCHS * STEPS + 3)
 
 
 def test_each_row_comes_once_and_all_ranks_have_the_same_number_of_batches(
-    uninterrupted: Run,
+    uninterrupted: Log,
 ) -> None:
     steps = [uninterrupted.steps(rank) for rank in range(2)]
     for epoch in range(EPOCHS):
@@ -206,11 +131,23 @@ def test_each_row_comes_once_and_all_ranks_have_the_same_number_of_batches(
     assert steps[0][-1].loss < steps[0][0].loss / 2
 
 
+def test_ctrl_c_in_an_epoch_leaves_nothing(uninterrupted: Log) -> None:
+    """What is left is looked for as after each run."""
+    assert uninterrupted.stopped.exists()
+    assert uninterrupted.steps(1)[-1].epoch == EPOCHS, "in the middle of one more"
+    assert not any(map(runs, uninterrupted.coordinators()))
+
+
+@pytest.fixture(scope="module")
+def killed(fit: Fit) -> Log:
+    """With iterators for code that knows no event loop."""
+    return fit(train_sync, 2, epochs=EPOCHS, stop_at=KILLED_AT, kill=True)
+
+
 def test_a_killed_group_goes_on_in_the_middle_of_the_epoch_as_if_nothing_had_been(
-    fit: Fit, uninterrupted: Run
+    killed: Log, uninterrupted: Log
 ) -> None:
-    killed = fit(train_async, 2, kill_at=KILLED_AT)
-    assert Path(killed.log, "killed").exists()
+    assert killed.stopped.exists()
     for rank in range(2):
         steps = killed.steps(rank)
         numbers = [step.step for step in steps]
@@ -223,23 +160,16 @@ def test_a_killed_group_goes_on_in_the_middle_of_the_epoch_as_if_nothing_had_bee
         assert steps == [expected[number - 1] for number in numbers], "rows and losses alike"
 
 
-def test_another_number_of_workers_shares_what_is_left_of_the_epoch(
-    fit: Fit, uninterrupted: Run
+def test_another_number_of_ranks_shares_what_is_left_and_one_needs_no_workers(
+    fit: Fit, killed: Log, uninterrupted: Log
 ) -> None:
-    """With iterators for code that knows no event loop."""
-    step = STEPS + SAVE_EVERY
-    resumed = fit(train_sync, 1, checkpoint=uninterrupted.checkpoint(step - step % SAVE_EVERY))
-    begun = [s for rank in range(2) for s in uninterrupted.steps(rank)]
-    rest = resumed.steps(0)
-    assert {s.epoch for s in rest} == {1}
-    ids = [i for s in begun if s.epoch == 1 and s.step < rest[0].step for i in s.ids]
-    assert 0 < len(ids) < ROWS
-    assert sorted(ids + [i for s in rest for i in s.ids]) == list(range(ROWS))
-
-
-def test_without_workers_the_same_function_trains(fit: Fit) -> None:
-    run = fit(train_async, 0)
-    assert [i for step in run.steps(0) for i in step.ids] == [*range(ROWS)] * EPOCHS
+    saved = max(killed.checkpoints)
+    assert EPOCHS * STEPS - STEPS < saved < EPOCHS * STEPS, "in the middle of the last epoch"
+    alone = fit(train_async, 0, epochs=EPOCHS + 1, checkpoint=killed.checkpoints[saved])
+    begun = [s for rank in range(2) for s in uninterrupted.steps(rank) if s.step <= saved]
+    for epoch in range(EPOCHS - 1, EPOCHS + 1):
+        steps = [s for s in begun + alone.steps(0) if s.epoch == epoch]
+        assert sorted(i for s in steps for i in s.ids) == list(range(ROWS))
 
 
 @pytest.fixture
