@@ -58,13 +58,24 @@ Turn = list[Reading]
 class Reader:
     """Consumes a split in a process of its own."""
 
+    def __init__(self, ways: list[Collate]) -> None:
+        """Import what takes seconds before anything is timed."""
+        if "torch" in ways:
+            import ray.train.torch  # noqa: F401 - by Ray's own iterator, at the first batch
+            import torch
+
+            torch.set_num_threads(1)
+
     def read(self, side: str, it: Any, start_at: float, collate: Collate) -> Reading:
         """Read one epoch; ours with `async for`, Ray's with `for`."""
-        take = _take_torch() if collate == "torch" else _take_numpy
+        take = _take_torch if collate == "torch" else _take_numpy
         cpu = time.process_time()
         time.sleep(max(0.0, start_at - perf_counter()))
         start = perf_counter()
-        batches = it.iter_batches(batch_size=BATCH, batch_format="numpy")
+        if collate == "torch":
+            batches = it.iter_torch_batches(batch_size=BATCH)
+        else:
+            batches = it.iter_batches(batch_size=BATCH, batch_format="numpy")
         rows, checksum = (
             asyncio.run(_drain_async(batches, take)) if side == OURS else _drain(batches, take)
         )
@@ -75,18 +86,18 @@ class Reader:
 
 def images(bench: Bench) -> list[Figure]:
     """Parquet files, decoded into images of 224 x 224 x 3 bytes, in batches of 64."""
-    ways: list[Collate] = ["numpy"] if bench.quick else ["numpy", "torch"]
-    if "torch" in ways and not importlib.util.find_spec("torch"):
+    ways: list[Collate] = ["numpy", "torch"]
+    if missing := [name for name in ("torch", "pydantic") if not importlib.util.find_spec(name)]:
         ways.remove("torch")
         warnings.warn(
-            "images are not collated as tensors: torch is not installed,"
-            " `pip install 'asyncsplit[torch]'`",
+            f"images are not collated as tensors: {' and '.join(missing)} not installed,"
+            " `pip install 'asyncsplit[torch,train]'`",
             stacklevel=2,
         )
     files = bench.pick(18, 2)
     with _parquet(files) as folder:
         ds = ray.data.read_parquet(folder).map_batches(_decode, batch_size=BATCH)
-        readers = [ray.remote(Reader).options(num_cpus=0).remote() for _ in range(2)]
+        readers = [ray.remote(Reader).options(num_cpus=0).remote(ways) for _ in range(2)]
         return [figure for way in ways for figure in _images(bench, ds, files, way, readers)]
 
 
@@ -125,7 +136,7 @@ def _images(
         " every sixth line of pixels"
     )
     if collate == "torch":
-        setting += "; on both sides numpy batches, made tensors by torch.from_numpy in the loop"
+        setting += "; by `iter_torch_batches` on both sides"
     return [
         Figure(
             f"images-{collate}",
@@ -187,17 +198,9 @@ def _take_numpy(batch: dict[str, Any]) -> tuple[int, int]:
     return len(image), int(image[:, ::6].sum()) + int(batch["label"].sum())
 
 
-def _take_torch() -> Callable[[dict[str, Any]], tuple[int, int]]:
-    import torch
-
-    torch.set_num_threads(1)
-
-    def take(batch: dict[str, Any]) -> tuple[int, int]:
-        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        image = tensors["image"]
-        return len(image), int(image[:, ::6].sum()) + int(tensors["label"].sum())
-
-    return take
+def _take_torch(batch: dict[str, Any]) -> tuple[int, int]:
+    image = batch["image"]
+    return len(image), int(image[:, ::6].sum()) + int(batch["label"].sum())
 
 
 async def _drain_async(batches: Any, take: Callable[[Any], tuple[int, int]]) -> tuple[int, int]:
