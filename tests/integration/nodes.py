@@ -331,7 +331,8 @@ async def place(cluster: Cluster, directory: str) -> Places:
 
 async def fetch_ahead(ds: Dataset) -> list[int]:
     """Read a block of other nodes, and no more; return which are on this one in the end."""
-    refs = [ref for bundle in ds.iter_internal_ref_bundles() for ref in bundle.block_refs]
+    bundles = list(ds.iter_internal_ref_bundles())
+    refs: list[Any] = [ref for bundle in bundles for ref in bundle.block_refs]
     me = ray.get_runtime_context().get_node_id()
 
     def here() -> list[int]:
