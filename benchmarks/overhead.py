@@ -81,7 +81,8 @@ def telemetry(bench: Bench) -> list[Figure]:
 def _traces(bench: Bench) -> list[Figure]:
     """Return what traces cost; in processes that serve nothing else, as they keep what sends."""
     figures = []
-    with _receiver() as url:
+    with _receiver() as receiver:
+        url = f"http://127.0.0.1:{receiver.server_address[1]}/v1/traces"
         asked = {OFF: {}, SAMPLED: {"trace_sample_ratio": SAMPLE_RATIO}, ON: {}}
         for setting in _settings(bench):
             its = {}
@@ -98,26 +99,35 @@ def _traces(bench: Bench) -> list[Figure]:
     return figures
 
 
-class _Swallow(http.server.BaseHTTPRequestHandler):
-    """Takes what is sent, and does nothing with it."""
+class _Receiver(http.server.ThreadingHTTPServer):
+    """Takes what is sent, and counts its bytes only."""
 
+    received_bytes = 0
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        """Answer that all is well."""
-        self.rfile.read(int(self.headers["Content-Length"]))
+        assert isinstance(self.server, _Receiver)
+        self.server.received_bytes += len(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(200)
         self.end_headers()
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
+    def log_message(self, *_: object) -> None: ...
 
 
 @contextlib.contextmanager
-def _receiver() -> Iterator[str]:
-    """Receive spans, on a thread of this process; yields the URL."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Swallow) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
-        server.shutdown()
+def _receiver() -> Iterator[_Receiver]:
+    """Receive spans, on threads of this process.
+
+    Raises:
+        AssertionError: If none has come in the end: nothing was measured then.
+    """
+    with _Receiver(("127.0.0.1", 0), _Handler) as receiver:
+        threading.Thread(target=receiver.serve_forever, daemon=True).start()
+        yield receiver
+        receiver.shutdown()
+    if not receiver.received_bytes:
+        raise AssertionError("no spans have arrived")
 
 
 def leases(bench: Bench) -> list[Figure]:

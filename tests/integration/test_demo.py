@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from asyncsplit.demo import prometheus
+from asyncsplit.telemetry.scrape import fetch
+
 COMMAND = [sys.executable, "-m", "asyncsplit", "demo", "--rows", "20000", "--epochs", "2"]
 
 
@@ -36,21 +39,32 @@ def test_demo_ends_by_itself_in_plain_lines_with_every_row_seen_once() -> None:
 
 
 @pytest.mark.parametrize("moment", ["starting Ray", "metrics at"])
-def test_ctrl_c_ends_the_demo_and_all_of_its_ray(moment: str) -> None:
+def test_ctrl_c_ends_the_demo_and_all_of_its_ray_and_prometheus(moment: str) -> None:
+    # With a Prometheus where there is one, and Ray still to be started or there.
+    observed = ["--observed"] if prometheus.installed() and moment == "metrics at" else []
     with subprocess.Popen(
-        COMMAND,
+        [*COMMAND, *observed],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        assert any(line.startswith(moment) for line in process.stdout)
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("Prometheus at" if observed else moment):
+                break
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, errors = process.communicate(timeout=60)
 
     assert (process.returncode, errors) == (130, "asyncsplit demo: interrupted\n")
     assert not survivors(process.pid, within_s=15)
+    urls = re.findall(r"^Prometheus at (\S+) ", "".join(said), re.M)
+    assert len(urls) == len(observed)
+    for url in urls:
+        with pytest.raises(OSError, match="refused"):
+            fetch(url, timeout_s=10)
 
 
 def number(text: str) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -85,24 +84,6 @@ def test_prometheus_answers_what_training_waited_for_and_is_gone_after_that() ->
     assert re.fullmatch(r"split 0 [\d.]+%, split 1 [\d.]+%", said["Each split?"])
     # The demo asks for the schema in the middle of an epoch.
     assert "AsyncSplitGuardRejections" in said["Which alerts fired?"]
-    assert refuses(url)
-
-
-def test_ctrl_c_ends_the_prometheus_too() -> None:
-    tool("prometheus")
-    with subprocess.Popen(
-        [*COMMAND, "--observed"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        urls = (re.match(r"Prometheus at (\S+) ", line) for line in process.stdout)
-        url = next(found[1] for found in urls if found)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "asyncsplit demo: interrupted\n")
     assert refuses(url)
 
 

@@ -198,7 +198,7 @@ async def test_a_job_whose_receiver_is_not_there_goes_on_as_if_nothing_were() ->
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1/traces"
     options = SplitOptions(telemetry=TelemetryConfig(otlp_traces_endpoint=url))
-    (it,) = asyncsplit.streaming_split(slow(), 1, options=options)
+    (it,) = asyncsplit.streaming_split(ray.data.range(160), 1, options=options)
     for _ in range(2):
         assert sorted(await read(it)) == list(range(160))
     assert await it.schema() is not None
