@@ -17,10 +17,16 @@ async def settled(url: str, epochs: int) -> Samples:
     Raises:
         OSError: If the endpoint does not answer, or not in time with so many epochs.
     """
-    async with asyncio.timeout(PATIENCE_S):
-        while True:
-            # Blocks its thread, not the loop.
-            samples = Samples.parse(await asyncio.to_thread(fetch, url, PATIENCE_S))
-            if samples.total("asyncsplit_epochs_total") >= epochs:
-                return samples
-            await asyncio.sleep(POLL_S)
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                # Blocks its thread, not the loop.
+                samples = Samples.parse(await asyncio.to_thread(fetch, url, PATIENCE_S))
+                if samples.total("asyncsplit_epochs_total") >= epochs:
+                    return samples
+                await asyncio.sleep(POLL_S)
+    except OSError as error:
+        raise OSError(
+            f"the metrics at {url} do not tell of {epochs} epochs within {PATIENCE_S:g} s:"
+            f" {str(error) or 'it takes too long'}. Has the coordinator been killed?"
+        ) from error

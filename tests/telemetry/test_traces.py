@@ -196,8 +196,11 @@ async def test_an_epoch_is_one_trace_of_driver_coordinator_and_workers(
 @pytest.mark.usefixtures("ray_cluster")
 async def test_a_job_whose_receiver_is_not_there_goes_on_as_if_nothing_were() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1/traces"
-    options = SplitOptions(telemetry=TelemetryConfig(otlp_traces_endpoint=url))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    telemetry = TelemetryConfig(
+        otlp_traces_endpoint=f"{url}/traces", otlp_endpoint=f"{url}/metrics", push_interval_s=0.05
+    )
+    options = SplitOptions(telemetry=telemetry)
     (it,) = asyncsplit.streaming_split(ray.data.range(160), 1, options=options)
     for _ in range(2):
         assert sorted(await read(it)) == list(range(160))

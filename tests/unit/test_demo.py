@@ -1,5 +1,6 @@
 import asyncio
 import math
+import socket
 import sys
 from io import StringIO
 
@@ -13,6 +14,7 @@ from asyncsplit import demo
 from asyncsplit.demo import flights, job
 from asyncsplit.demo.record import Progress
 from asyncsplit.demo.report import exactly_once, loss_fell
+from asyncsplit.demo.settle import settled
 from asyncsplit.telemetry.scrape import Samples
 
 
@@ -241,3 +243,10 @@ def test_observed_without_prometheus_says_the_way_out(
     message = capsys.readouterr().err
     assert "needs the program prometheus" in message
     assert "apt-get install prometheus" in message
+
+
+def test_metrics_that_are_gone_at_the_end_are_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/metrics"
+    with pytest.raises(OSError, match=f"{url} do not tell of 3 epochs .*refused.*killed"):
+        asyncio.run(settled(url, 3))
