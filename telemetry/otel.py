@@ -140,7 +140,7 @@ class Export:
         """Send what is true now; blocks until it has arrived.
 
         Raises:
-            ConnectionError: If it has not arrived in `EXPORT_TIMEOUT_S`; with why.
+            OSError: If it has not arrived in `EXPORT_TIMEOUT_S`; with why.
         """
         from opentelemetry.sdk.metrics.export import (
             MetricExportResult,

@@ -32,7 +32,7 @@ class Stuck(Reader):
 
 
 def get(url: str) -> str:
-    with urlopen(url, timeout=10) as reply:
+    with urlopen(url, timeout=60) as reply:
         return str(reply.read().decode())
 
 

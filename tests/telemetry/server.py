@@ -36,9 +36,9 @@ def prometheus(config: Path, data: Path) -> Iterator["Api"]:
 
 @contextlib.contextmanager
 def scraping(discovery: Path, folder: Path) -> Iterator["Api"]:
-    """Run a Prometheus that scrapes what announces itself, five times a second."""
+    """Run a Prometheus that scrapes what announces itself, twice a second."""
     job = {"job_name": "asyncsplit", "file_sd_configs": [{"files": [f"{discovery}/*.json"]}]}
-    content = {"global": {"scrape_interval": "200ms"}, "scrape_configs": [job]}
+    content = {"global": {"scrape_interval": "500ms"}, "scrape_configs": [job]}
     config = folder / "prometheus.yml"
     config.write_text(json.dumps(content))  # JSON is YAML
     with prometheus(config, folder / "data") as api:

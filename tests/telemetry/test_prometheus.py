@@ -130,7 +130,7 @@ def test_a_coordinator_is_scraped_from_its_beginning_to_its_end(prometheus: Prom
     def up(endpoint: Endpoint) -> str:
         return f'up{{instance="{urllib.parse.urlsplit(endpoint.url).netloc}"}}'
 
-    assert prometheus.query(up(prometheus.brief)) == {"": 1}
+    prometheus.wait_for(up(prometheus.brief), lambda value: value == {"": 1})
     # Prometheus looks at what it has discovered every five seconds: one coordinator begins as the
     # other ends.
     prometheus.brief.close()

@@ -182,7 +182,8 @@ def lines() -> Iterator[queue.SimpleQueue[str]]:
 def test_a_receiver_that_goes_away_and_comes_back_is_two_lines(
     monkeypatch: pytest.MonkeyPatch, lines: queue.SimpleQueue[str]
 ) -> None:
-    monkeypatch.setattr("asyncsplit.telemetry.otel.EXPORT_TIMEOUT_S", 0.1)
+    # Less than the exporter waits before it tries again, and far more than a push takes.
+    monkeypatch.setattr("asyncsplit.telemetry.otel.EXPORT_TIMEOUT_S", 0.75)
     with contextlib.ExitStack() as stack:
         with contextlib.closing(Receiver()) as receiver:
             stack.enter_context(outlets(busy(), otlp_endpoint=receiver.url, push_interval_s=0.01))
