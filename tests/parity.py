@@ -45,7 +45,8 @@ ARGUMENTS = {
     ("iter_torch_batches", "collate_fn"): "plain functions are welcome, where Ray warns;"
     " a coroutine function is a TypeError",
     ("iter_jax_batches", "synchronize_batches"): "a ValueError in one of several JAX processes:"
-    " split with `equal=True`, so that all have batches of the same shapes",
+    " split with `equal=True`, so that all have batches of the same shapes. Or use it there:"
+    " `as_data_iterator()` has Ray's own",
     ("iter_batches", "local_shuffle_buffer_size"): "only the last batch can be short, where Ray"
     " has short ones in the middle",
 }

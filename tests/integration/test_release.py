@@ -5,7 +5,7 @@ import gc
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -38,6 +38,8 @@ class Counter:
 
 
 BLOCK_BYTES = 2 * 2**20
+BLOCKS = 100
+"""Of a dataset of which few can have been produced by the time that a loop is left."""
 
 
 async def settled(ask: Callable[[], Awaitable[int]]) -> int:
@@ -59,6 +61,25 @@ def counted(counter: "ActorHandle[Any]", blocks: int) -> Dataset:
         return batch
 
     return ray.data.range(blocks * 4, override_num_blocks=blocks).map_batches(produce)
+
+
+class Counting(NamedTuple):
+    """Two splits of a dataset that counts the blocks it produces."""
+
+    its: list[AsyncDataIterator]
+    counter: Any
+
+    async def produced(self) -> int:
+        return int(await self.counter.get.remote())
+
+
+@pytest.fixture(scope="module")
+def counting(ray_cluster: None) -> Counting:
+    counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
+    options = SplitOptions(prefetch_bytes=BLOCK_BYTES)
+    return Counting(
+        asyncsplit.streaming_split(counted(counter, BLOCKS), 2, options=options), counter
+    )
 
 
 async def leave_by_break(it: AsyncDataIterator) -> None:
@@ -131,17 +152,14 @@ async def leave_a_plain_loop(it: AsyncDataIterator) -> None:
         leave_a_plain_loop,
     ],
 )
-async def test_leaving_early_stops_the_executor(leave: Any) -> None:
-    blocks = 200
-    counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
-    options = SplitOptions(prefetch_bytes=BLOCK_BYTES)
-    its = asyncsplit.streaming_split(counted(counter, blocks), 2, options=options)
-    await asyncio.gather(*(leave(it) for it in its))
-    await eventually(lambda: stopped(its[0]))
-    produced = await counter.get.remote()
-    assert produced < blocks
-    assert (await its[0].status()).held_bytes == 0
-    assert [len(ids) for ids in await read_epoch(its)] == [400, 400], "and the next epoch is whole"
+async def test_leaving_early_stops_the_executor(leave: Any, counting: Counting) -> None:
+    before = await counting.produced()
+    await asyncio.gather(*(leave(it) for it in counting.its))
+    await eventually(lambda: stopped(counting.its[0]))
+    assert await counting.produced() - before < BLOCKS
+    assert (await counting.its[0].status()).held_bytes == 0
+    shares = [len(ids) for ids in await read_epoch(counting.its)]
+    assert shares == [2 * BLOCKS, 2 * BLOCKS], "and the next epoch is whole"
 
 
 async def test_one_split_leaving_early_does_not_change_the_others_share() -> None:
@@ -152,7 +170,7 @@ async def test_one_split_leaving_early_does_not_change_the_others_share() -> Non
 
 
 async def test_a_paused_consumer_stops_production() -> None:
-    blocks = 400
+    blocks = 160
     counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
     ds = counted(counter, blocks)
     ds.context.execution_options.resource_limits = ray.data.ExecutionResources(
@@ -169,7 +187,7 @@ async def test_a_paused_consumer_stops_production() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 100, None])
 async def test_a_budget_smaller_than_a_block_still_makes_progress(batch_size: int | None) -> None:
-    ds = ray.data.range(1000, override_num_blocks=50)
+    ds = ray.data.range(1000, override_num_blocks=20)
     options = SplitOptions(prefetch_bytes=1)
     for equal in (True, False):
         its = asyncsplit.streaming_split(ds, 2, equal=equal, options=options)

@@ -37,8 +37,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`ExecutionOptions.exclude_resources` is deprecated"),
 ]
 
-KILLED_AT = STEPS + 8
-"""A step in the middle of the second epoch."""
+KILLED_AT = STEPS + 6
+"""A step in the middle of the second epoch, after which nothing was saved."""
 
 Fit = Callable[..., Log]
 
@@ -152,7 +152,7 @@ def test_a_killed_group_goes_on_in_the_middle_of_the_epoch_as_if_nothing_had_bee
         steps = killed.steps(rank)
         numbers = [step.step for step in steps]
         saved = numbers[KILLED_AT] - 1
-        assert saved in (10, 15, 20), "whichever Ray Train had taken note of"
+        assert saved in (10, 15), "whichever Ray Train had taken note of"
         assert saved % STEPS, "in the middle of an epoch"
         again = range(saved + 1, EPOCHS * STEPS + 1)
         assert numbers == [*range(1, KILLED_AT + 1), *again]
