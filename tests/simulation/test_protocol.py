@@ -563,7 +563,8 @@ class Job:
         ledger = runner.distribution.ledger
         if call.reader.ousted and runner.reads(split, stream) and ledger.exhausted(split):
             share = self.share(runner.epochs.epoch, split)
-            share.ended |= progress is not None and progress.rows == len(share.ids)
+            whole = ledger.logs[split].assigned_rows
+            share.ended |= progress is not None and progress.rows == whole
 
     def leave_early(self, epoch: int, split: int) -> None:
         self.partial.add((self.generation, epoch))
