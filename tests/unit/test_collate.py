@@ -23,6 +23,7 @@ from ray.data.collate_fn import (
 from asyncsplit.collate import SKIPPED, Collated, Converted, Recipe, input_format
 from asyncsplit.formats import row_count
 from asyncsplit.pipeline import Pipeline
+from tests.profiles import FEWER
 from tests.same import assert_same, feed
 
 
@@ -72,6 +73,7 @@ def _no_thread_stays() -> Iterator[None]:
     assert threads() == []
 
 
+@FEWER
 @given(
     sizes=st.lists(st.integers(1, 9), max_size=8),
     batch_size=st.none() | st.integers(1, 7),

@@ -9,6 +9,7 @@ from asyncsplit.core.ledger import Past, Position, SplitLog, fingerprint
 from asyncsplit.core.progress import Progress, Reading
 from asyncsplit.core.routing import Part
 from asyncsplit.core.shuffle import ShuffleKey
+from tests.profiles import FEWER
 
 KEY = ShuffleKey(100, 10, 3)
 EARLIER = ((Past(7, 70),),)
@@ -80,6 +81,7 @@ def test_rows_finished_before_are_left_out_of_the_first_slices(
     assert reading.begun == reading.fed == len(counts)
 
 
+@FEWER
 @given(slices, st.data())
 def test_a_shuffle_goes_on_from_the_oldest_slice_with_rows_to_come(
     counts: list[int], data: st.DataObject
@@ -100,6 +102,7 @@ def test_a_shuffle_goes_on_from_the_oldest_slice_with_rows_to_come(
         assert resumed.position == anew.position == position._replace(fed=0)
 
 
+@FEWER
 @given(slices, st.data())
 def test_a_shuffle_of_the_rest_goes_back_to_where_all_is_finished(
     counts: list[int], data: st.DataObject

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from asyncsplit.core import shuffle
 from asyncsplit.core.shuffle import ShufflePlan
+from tests.profiles import FEWER
 
 counts_of_rows = st.lists(st.integers(0, 40), max_size=30)
 sizes = st.integers(1, 30)
@@ -70,6 +71,7 @@ def test_every_row_is_drawn_once(
     assert sorted(order(counts, buffer_size, batch_size, seed)) == list(range(sum(counts)))
 
 
+@FEWER
 @given(counts_of_rows, sizes, sizes, seeds)
 def test_a_batch_is_drawn_from_a_full_buffer(
     counts: list[int], buffer_size: int, batch_size: int, seed: int
@@ -110,6 +112,7 @@ def test_no_more_input_is_taken_than_needed(
         plan.add(rows)
 
 
+@FEWER
 @given(counts_of_rows, sizes, sizes, seeds, st.data())
 def test_a_position_is_found_again_without_data(
     counts: list[int], buffer_size: int, batch_size: int, seed: int, data: st.DataObject

@@ -35,6 +35,7 @@ from asyncsplit.telemetry.spans import Longest
 from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.stream_spans import StreamSpans, schema_span
 from asyncsplit.telemetry.tracing import Carrier, Tracer, Tracing, carrier_of
+from tests.profiles import FEWER
 from tests.unit.receiver import Receiver
 
 
@@ -363,6 +364,7 @@ def test_a_providers_own_sampler_counts_too() -> None:
     assert epoch.carrier is None
 
 
+@FEWER
 @given(st.lists(st.floats(0, 10_000), max_size=300), st.integers(1, 8))
 def test_never_many_are_picked_and_always_the_longest(lengths: list[float], each: int) -> None:
     longest = Longest(each)
