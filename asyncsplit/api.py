@@ -34,13 +34,17 @@ def streaming_split(
     iterators share one coordinator actor, on this node unless `SplitOptions.coordinator_node_id`
     names another one; it ends when the last of them is gone.
 
+    With ``SplitOptions(replicas=r)`` there are ``n * r`` consumers and iterators, the ``r`` of each
+    split one after the other: rank ``i`` takes iterator ``i``, replica ``i % r`` of split
+    ``i // r``. All of them have to iterate for an epoch to start.
+
     Args:
         ds: The dataset; executed as it is, with its own context.
         n: How many splits.
         equal: Give all splits exactly the same number of rows: True drops up to ``n - 1`` of them,
             ``"pad"`` drops none and gives up to ``n - 1`` of the dataset's last rows twice. See
             `StreamStatistics.padded_rows`.
-        locality_hints: For each split, the id of the node its consumer runs on; ignored, as
+        locality_hints: For each split, the id of the node its consumers run on; ignored, as
             upstream does, where the dataset preserves order.
         options: Everything else.
 
@@ -75,7 +79,7 @@ def streaming_split(
             # those that its predecessor did not answer.
             max_task_retries=-1 if options.coordinator_max_restarts else 0,
             # Two calls of each consumer wait at a time; the rest is for everything else.
-            max_concurrency=8 * n + 100,
+            max_concurrency=8 * n * options.replicas + 100,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
         .remote(n, shares, hints, replace(options, prefetch_bytes=budget), *pieces)  # type: ignore[assignment]
@@ -84,7 +88,11 @@ def streaming_split(
         coordinator.keep.remote(refs)
     tracing = Tracing.of(options.telemetry, ds.name)
     return [
-        AsyncDataIterator(coordinator, split, n, keep=ds, tracing=tracing) for split in range(n)
+        AsyncDataIterator(
+            coordinator, split, n, 0, ds, tracing, replica=replica, replicas=options.replicas
+        )
+        for split in range(n)
+        for replica in range(options.replicas)
     ]
 
 
@@ -96,6 +104,11 @@ def iter_batches(
     Keyword arguments are those of `AsyncDataIterator.iter_batches`; errors as
     `streaming_split`'s.
     """
+    if options is not None and getattr(options, "replicas", 1) > 1:
+        raise ValueError(
+            f"SplitOptions.replicas={options.replicas} needs as many consumers, and iter_batches()"
+            " serves one: use streaming_split(ds, 1, options=...)"
+        )
     (iterator,) = streaming_split(ds, 1, options=options)
     return iterator.iter_batches(**kwargs)
 

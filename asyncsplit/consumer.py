@@ -38,6 +38,8 @@ class Consumer:
         serialized_bytes: int,
         keep: object = None,
         tracing: Tracing | None = None,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
         """Make a consumer with a name of its own; it has no stream yet.
 
@@ -47,6 +49,10 @@ class Consumer:
         self._keep = keep
         self.coordinator = coordinator
         self.split = split
+        self.replica = replica
+        self.replicas = replicas
+        self.reader = split * replicas + replica
+        """Its number, through all splits: see `asyncsplit.core.readers`."""
         self.serialized_bytes = serialized_bytes
         self.name = uuid.uuid4().hex[:12]
         self.totals = ConsumerCounters()
@@ -89,7 +95,7 @@ class Consumer:
         """Return what records a stream, None if nothing does; to be called where it is iterated."""
         if (opened := self.tracer()) is None or self.tracing is None:
             return None
-        return StreamSpans(self.tracing, opened, self.split, times)
+        return StreamSpans(self.tracing, opened, self.reader, times)
 
     def tracer(self) -> "Future[Tracer | None] | None":
         """Return what will be this consumer's tracer; None if spans are not recorded."""

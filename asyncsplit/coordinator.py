@@ -51,16 +51,19 @@ class SplitCoordinator:
         self._context = dataset.context.copy()
         engine.use_context(self._context)
         self._state = CoordinatorState.of(
-            engine.dataset_tag(dataset), n, dataset.name, lambda: self._runner.distribution
+            engine.dataset_tag(dataset),
+            n * options.replicas,
+            dataset.name,
+            lambda: self._runner.distribution,
         )
         blocking = ThreadPoolExecutor(1, thread_name_prefix="asyncsplit-blocking")
         self._guard = Guard(dataset, blocking, self._state)
         tracing = Tracing.of(options.telemetry, dataset.name)
-        self._spans = EpochSpans(tracing and tracing.open(), n)
+        self._spans = EpochSpans(tracing and tracing.open(), n * options.replicas)
         # Ray Data ignores locality where order must be kept; so do we, or the same blocks would
         # not be routed the same way twice.
         keeps_order = dataset.context.execution_options.preserve_order
-        self._journal = Journal(engine.actor_file(), n)
+        self._journal = Journal(engine.actor_file(), n * options.replicas)
         self._runner = EpochRunner(
             n,
             equal=equal,
@@ -252,7 +255,7 @@ class SplitCoordinator:
             reading=sorted(self._runner.epochs.active),
             executing=self._guard.active,
             held_bytes=sum(each.ledger.held_bytes for each in self._runner.distributions),
-            committed_rows=[log.committed_rows for log in self._runner.distribution.ledger.logs],
+            committed_rows=self._runner.distribution.ledger.committed_rows,
             schema_requests=dict(self._state.schema_requests),
         )
 

@@ -84,7 +84,7 @@ class Feed:
         # A call that never returns: the coordinator holds a reference to its result, which this
         # process owns, and so hears of it when this process dies.
         self._lifeline: ray.ObjectRef[Any] = consumer.coordinator.hold.remote(
-            consumer.split, stream
+            consumer.reader, stream
         )
         self._starting: Future[Reply[Started]] | None = self._arrive(consumer.position)
 
@@ -125,7 +125,7 @@ class Feed:
             ask(
                 self._consumer.coordinator,
                 "acknowledge",
-                self._consumer.split,
+                self._consumer.reader,
                 self.started.epoch,
                 self._stream,
                 self._progress(finished_rows),
@@ -144,7 +144,7 @@ class Feed:
             ask,
             self._consumer.coordinator,
             "notify_split_finished",
-            self._consumer.split,
+            self._consumer.reader,
             self._stream,
             None if self.started is None else self._progress(finished_rows),
             counters,
@@ -182,7 +182,7 @@ class Feed:
         return ask(
             self._consumer.coordinator,
             "start_epoch",
-            self._consumer.split,
+            self._consumer.reader,
             self._stream,
             [self._lifeline],
             position,
@@ -207,6 +207,8 @@ class Feed:
     def _rejoin(self, finished_rows: int) -> None:
         """Arrive again: the coordinator was restarted, and the blocks it had sent are gone."""
         self._drop_backlog()
+        if not self._reading.fed:
+            self._cursor = None  # it begins anew, maybe in another order: that of its fellows
         if self.spans is not None:
             self.spans.rejoins()
         self._starting = self._arrive(self.position(finished_rows))
@@ -253,7 +255,7 @@ class Feed:
             self._pulling = ask(
                 self._consumer.coordinator,
                 "pull",
-                self._consumer.split,
+                self._consumer.reader,
                 self.started.epoch,
                 self._stream,
                 self._cursor,

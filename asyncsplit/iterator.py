@@ -24,9 +24,10 @@ from asyncsplit.wire import Status
 class AsyncDataIterator(Batches):
     """One split of a dataset: iterate it once per epoch, from one place at a time.
 
-    It holds a handle to the split's coordinator and two integers, never the dataset: it can be
+    It holds a handle to the split's coordinator and some integers, never the dataset: it can be
     sent to any Ray task or actor at a cost that does not depend on the dataset. Each copy made by
-    sending is a consumer of its own, and a split has one consumer at a time.
+    sending is a consumer of its own, and a split has one consumer at a time, or each of its
+    replicas has.
     """
 
     def __init__(
@@ -37,25 +38,39 @@ class AsyncDataIterator(Batches):
         serialized_bytes: int = 0,
         keep: object = None,
         tracing: Tracing | None = None,
+        *,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
         """Use `asyncsplit.streaming_split` instead."""
-        self._consumer = Consumer(coordinator, split_index, serialized_bytes, keep, tracing)
+        self._consumer = Consumer(
+            coordinator, split_index, serialized_bytes, keep, tracing, replica, replicas
+        )
         self._world_size = world_size
 
     def __reduce__(self) -> tuple[Callable[[bytes], "AsyncDataIterator"], tuple[bytes]]:
         """Pickle into one byte string, so that its size is known where it is made."""
         consumer = self._consumer
-        parts = (consumer.coordinator, consumer.split, self._world_size, consumer.tracing)
+        parts = (
+            *(consumer.coordinator, consumer.split, self._world_size),
+            *(consumer.tracing, consumer.replica, consumer.replicas),
+        )
         return _restore, (cloudpickle.dumps(parts),)
 
     def __repr__(self) -> str:
         """Show which split this is."""
-        return f"<AsyncDataIterator split={self.split_index} of {self._world_size}>"
+        replica = f" replica={self.replica_index}" if self._consumer.replicas > 1 else ""
+        return f"<AsyncDataIterator split={self.split_index} of {self._world_size}{replica}>"
 
     @property
     def split_index(self) -> int:
         """Which split this is, from 0."""
         return self._consumer.split
+
+    @property
+    def replica_index(self) -> int:
+        """Which of the split's replicas this is, from 0."""
+        return self._consumer.replica
 
     @property
     def coordinator(self) -> Coordinator:
@@ -94,8 +109,9 @@ class AsyncDataIterator(Batches):
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on where an earlier run's `state_dict` was taken.
 
-        Each split loads its own state, or the list of all splits' states, before it is iterated.
-        That list may come from a run with another number of splits: the new ones share what is
+        Each split loads its own state, or the list of all splits' states, before it is iterated;
+        so does each replica of it. Of replicas that list has one or all, saved at the same step.
+        It may come from a run with another number of splits: the new ones share what is
         left of the epoch. The dataset must be the same and preserve order; blocks that are
         finished with are not fetched.
 
@@ -177,5 +193,13 @@ class AsyncDataIterator(Batches):
 
 
 def _restore(packed: bytes) -> AsyncDataIterator:
-    coordinator, split_index, world_size, tracing = cloudpickle.loads(packed)
-    return AsyncDataIterator(coordinator, split_index, world_size, len(packed), tracing=tracing)
+    coordinator, split_index, world_size, tracing, replica, replicas = cloudpickle.loads(packed)
+    return AsyncDataIterator(
+        coordinator,
+        split_index,
+        world_size,
+        len(packed),
+        tracing=tracing,
+        replica=replica,
+        replicas=replicas,
+    )

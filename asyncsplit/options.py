@@ -106,6 +106,11 @@ class SplitOptions:
     this is the most ever held: a block larger than the budget still gets through. None for 256
     MiB, but no more than the split's part of an eighth of the cluster's object stores."""
 
+    replicas: int = 1
+    """How many consumers share each split: all of them see the same batches in the same order, as
+    tensor- and pipeline-parallel ranks need. The fastest is ahead of the slowest by
+    `prefetch_bytes` at most. Rows count as committed when all replicas have finished with them."""
+
     barrier_timeout_s: float | None = 1800.0
     """Seconds a split may be silent while others wait for it, before they get
     `ConsumerLostError`; None to wait for ever. Longer than the longest pause between batches."""
@@ -136,6 +141,13 @@ class SplitOptions:
         if self.routing not in ("rows", "demand"):
             raise ValueError(
                 f"SplitOptions.routing={self.routing!r} is unknown: use 'rows' or 'demand'"
+            )
+        if not isinstance(self.replicas, int) or isinstance(self.replicas, bool):
+            raise TypeError(f"SplitOptions.replicas={self.replicas!r} must be an int")
+        if self.replicas < 1:
+            raise ValueError(
+                f"SplitOptions.replicas={self.replicas} must be 1 or more: the number of consumers"
+                " that share each split"
             )
         restarts = self.coordinator_max_restarts
         if not isinstance(restarts, int) or isinstance(restarts, bool):

@@ -18,9 +18,10 @@ from asyncsplit.core.epochs import AHEAD_AFTER_S, Epochs, Noted, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, lost_error
 from asyncsplit.core.progress import Progress
+from asyncsplit.core.readers import reader_name, reader_names, readers_of
 from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import Equal, make_router
-from asyncsplit.core.shuffle import ShuffleKey
+from asyncsplit.core.shuffle import ShuffleKey, shared_key
 from asyncsplit.distribution import Distribution
 from asyncsplit.errors import ConsumerConflictError, StaleEpochError, StreamClosedError
 from asyncsplit.guard import Guard
@@ -65,6 +66,7 @@ class EpochRunner:
     ) -> None:
         """Set up; nothing runs until all splits have arrived."""
         self._n = n
+        self._replicas = options.replicas
         self._equal: Equal = equal
         self._hints = hints
         self._keeps_order = keeps_order
@@ -76,7 +78,7 @@ class EpochRunner:
         self._state = state
         self._journal = journal
         self._spans = spans
-        self.epochs = Epochs(n)
+        self.epochs = Epochs(n * options.replicas, replicas=options.replicas)
         if (noted := journal.read()) is not None:
             self.epochs.recover(noted)
         self._noted = self.epochs.noted
@@ -88,10 +90,13 @@ class EpochRunner:
         self._next: _Next | None = None
         self._openings: dict[int, asyncio.Future[Started]] = {}
         self._shuffles: dict[int, ShuffleKey | None] = {}
+        self._keys: dict[int, ShuffleKey | None] = {}
         self._earlier: tuple[tuple[Past, ...], ...] = ()
         self._started: dict[int, Started] = {}
         self._arrived_at: dict[int, float] = {}
-        self._liveness = Liveness(options.barrier_timeout_s, options.rejoin_timeout_s)
+        self._liveness = Liveness(
+            options.barrier_timeout_s, options.rejoin_timeout_s, options.replicas
+        )
         state.watch(self.epochs, self._liveness, self._arrived_at)
         self._ticking = False
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -144,6 +149,8 @@ class EpochRunner:
         """Return when the epoch has started that a stream was let in for."""
         if self.reads(split, stream):
             if takes_over:
+                if self._replicas > 1:  # before anything changes: who is refused leaves the place
+                    shared_key(split // self._replicas, (), (self._keys[split], shuffle))
                 self._state.replace(split)
                 self._spans.replaced(split, trace)
                 self.distribution.take_over(split, shuffle)
@@ -208,14 +215,17 @@ class EpochRunner:
         }
         distribution = prepared.distribution if prepared else self._new_distribution(resume)
         self.distribution = distribution
+        keys: dict[int, ShuffleKey | None] = {}
         try:
             repeatable = self._keeps_order and self._options.routing == "rows"
-            self._earlier = read_before(resume, self._n, epoch, repeatable=repeatable)
-        except Exception as error:  # the consumers get it, whatever it is
-            distribution.error = error
-        else:
+            self._earlier = read_before(
+                resume, self._n, epoch, repeatable=repeatable, replicas=self._replicas
+            )
             distribution.replay(Replay(splits, equal=self._equal) for splits in self._earlier)
             await (prepared.starting if prepared else self._start(distribution, epoch))
+            keys = self._shared_keys(resume)
+        except Exception as error:  # the consumers get it, whatever it is
+            distribution.error = distribution.error or error
         if distribution.error is not None:
             for opening in openings.values():
                 _reject(opening, distribution.error)
@@ -224,14 +234,15 @@ class EpochRunner:
             return
         if not self._is_starting(epoch):
             return  # given up meanwhile: the guard stops the executor next
+        self._keys = keys
         self.epochs.started()
         self._state.epoch_started()
         finished = {split for split, position in resume.items() if position.rows == FINISHED}
-        for split in set(range(self._n)) - {*self.epochs.active, *finished}:
+        for split in set(range(self.epochs.n)) - {*self.epochs.active, *finished}:
             distribution.ledger.leave(split)  # closed while the executor was starting
-        for split in openings:
+        for split in self.epochs.active:
             if split not in resume or not resume[split].rows:
-                distribution.ledger.logs[split].shuffle = self._shuffles[split]
+                distribution.ledger.logs[split].shuffle = self._keys[split]
             self._started[split] = self._start_at(split)
         self._journal.begin(
             Noted(
@@ -256,6 +267,19 @@ class EpochRunner:
     def _position(self, split: int) -> Position:
         position = self.distribution.ledger.logs[split].position
         return position._replace(epoch=self.epochs.epoch, earlier=self._earlier)
+
+    def _shared_keys(self, resume: Mapping[int, Position]) -> dict[int, ShuffleKey | None]:
+        """Return what each reader's order is drawn from: the same for all replicas of a split."""
+        asked = {reader: self._shuffles[reader] for reader in self.epochs.active}
+        if self._replicas == 1:
+            return asked
+        keys: dict[int, ShuffleKey | None] = {}
+        for split in range(self._n):
+            present = [each for each in readers_of(split, self._replicas) if each in asked]
+            begun = [resume[each].shuffle for each in present if each in resume]
+            key = shared_key(split, begun, [asked[each] for each in present])
+            keys.update(dict.fromkeys(present, key))
+        return keys
 
     async def _start(self, distribution: Distribution, epoch: int) -> None:
         """Start the executor for an epoch; what keeps it from starting is noted as its error."""
@@ -316,9 +340,9 @@ class EpochRunner:
             self._state.deaths += 1
             self._spans.died(split)
             logger.warning(
-                "the consumer of split %d died in epoch %d; another one that iterates the split"
+                "the consumer of %s died in epoch %d; another one that iterates the split"
                 " goes on from its first uncommitted row",
-                split,
+                reader_name(split, self._replicas),
                 self.epochs.epoch,
             )
 
@@ -353,9 +377,9 @@ class EpochRunner:
             self._lose(lost)
         elif warning := self._liveness.warning(blockers, since, now):
             logger.warning(
-                "splits %s wait in epoch %d: %s. They give up after barrier_timeout_s=%s, or"
+                "%s wait in epoch %d: %s. They give up after barrier_timeout_s=%s, or"
                 " rejoin_timeout_s=%s for a dead consumer",
-                sorted({*self.epochs.arrived, *pulls}),
+                reader_names({*self.epochs.arrived, *pulls}, self._replicas),
                 self.epochs.epoch,
                 warning,
                 self._options.barrier_timeout_s,
@@ -366,7 +390,7 @@ class EpochRunner:
         """Tell all who wait that a consumer is lost; a fresh epoch starts when all arrive."""
         self._state.lost += len(lost)
         waits_for = self.epochs.epoch + bool(self.epochs.arrived)
-        self._give_up(lost_error(waits_for, lost))
+        self._give_up(lost_error(waits_for, lost, self._replicas))
 
     def _give_up(self, error: BaseException) -> None:
         """End the epoch under way, and the wait for the next one, for everybody with an error."""
@@ -453,7 +477,7 @@ class EpochRunner:
         router = make_router(
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
-        ledger = Ledger(self._n, router, self._budget, resume)
+        ledger = Ledger(self._n, router, self._budget, resume, self._replicas)
         return Distribution(ledger, self._guard, self._distribution_ended)
 
 

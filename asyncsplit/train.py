@@ -6,6 +6,7 @@ Needs ``ray[train]``. Ray Train is not imported by anything else here.
 import json
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, cast
@@ -57,6 +58,7 @@ class AsyncDataConfig(DataConfig):
                 `asyncsplit.streaming_split`; for all datasets, or by dataset: True where it is not
                 named.
             options: What else `asyncsplit.streaming_split` takes; for all datasets, or by dataset.
+                With ``replicas=r`` each ``r`` workers of successive ranks share a split.
 
         Raises:
             TypeError: If an argument has the wrong type.
@@ -102,17 +104,35 @@ class AsyncDataConfig(DataConfig):
         )
 
     def split(
-        self, name: str, ds: Dataset, n: int, *, locality_hints: list[str] | None = None
+        self, name: str, ds: Dataset, workers: int, *, locality_hints: list[str] | None = None
     ) -> list[Shard]:
-        """Split a dataset as is said for the one of this name."""
+        """Split a dataset among workers, as is said for the one of this name."""
+        options = _of(self._options, name, SplitOptions())
+        n, left = divmod(workers, options.replicas)
+        if left:
+            raise ValueError(
+                f"dataset {name!r} cannot be split among {workers} workers with"
+                f" SplitOptions.replicas={options.replicas}: use a multiple of that as num_workers,"
+                " or other replicas"
+            )
+        return self._shards(name, ds, n, locality_hints and locality_hints[:: options.replicas])
+
+    def whole(self, name: str, ds: Dataset) -> Shard:
+        """Return an iterator over all of a dataset, for one worker alone."""
+        (shard,) = self._shards(name, ds, 1, None, replicas=1)
+        return shard
+
+    def _shards(
+        self, name: str, ds: Dataset, n: int, hints: list[str] | None, **changes: Any
+    ) -> list[Shard]:
         its = [
             _Sent(it)
             for it in streaming_split(
                 ds,
                 n,
                 equal=n > 1 and _of(self._equal, name, True),
-                locality_hints=locality_hints,
-                options=_of(self._options, name, SplitOptions()),
+                locality_hints=hints,
+                options=replace(_of(self._options, name, SplitOptions()), **changes),
             )
         ]
         return [it.as_data_iterator() for it in its] if self._sync else list(its)
@@ -165,8 +185,7 @@ class _Divided:
 
     def iterator(self) -> Shard:
         """Return an iterator over all of it."""
-        (iterator,) = self._config.split(self._name, self._dataset, 1)
-        return iterator
+        return self._config.whole(self._name, self._dataset)
 
 
 def get_dataset_shard(

@@ -79,9 +79,10 @@ class Status(NamedTuple):
     phase: str
     """``"waiting"`` at the barrier, ``"starting"`` the executor, or ``"running"``."""
     missing: list[int]
-    """Splits that have not arrived at the barrier of the next epoch."""
+    """Splits that have not arrived at the barrier of the next epoch. Where splits have replicas,
+    these are numbered instead, through all splits: as ranks are."""
     reading: list[int]
-    """Splits that have not finished the epoch under way."""
+    """Splits, or replicas, that have not finished the epoch under way."""
     executing: bool
     """Whether the dataset is being executed."""
     held_bytes: int

@@ -267,8 +267,8 @@ def _epoch_rows(snapshot: Snapshot) -> dict[str, float]:
         return dict.fromkeys(("unassigned", "leased", "committed", "truncated"), 0)
     return {
         "unassigned": ledger.router.unassigned_rows,
-        "leased": sum(log.leased_rows for log in ledger.logs),
-        "committed": sum(log.committed_rows for log in ledger.logs),
+        "leased": ledger.leased_rows,
+        "committed": sum(ledger.committed_rows),
         "truncated": ledger.truncated_rows,
     }
 
@@ -349,7 +349,7 @@ CATALOG = (
         "gauge",
         "",
         _DATASET,
-        "Splits of the dataset.",
+        "Splits of the dataset, or replicas of them, which all have numbers of their own.",
         "overview",
         "Splits",
         _whole(lambda state: len(state.splits)),

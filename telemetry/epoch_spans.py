@@ -117,7 +117,7 @@ class EpochSpans:
         if self._tracer is None or self._epoch is None:
             return
         epoch, self._epoch = self._epoch, None
-        rows = sum(log.committed_rows for log in ledger.logs)
+        rows = sum(ledger.committed_rows)
         finish(epoch.span, error, attributes={spans.OUTCOME: outcome, spans.ROWS: rows})
         self._tracer.flush()
 

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from asyncsplit.core.ledger import FINISHED, Position
+from asyncsplit.core.readers import reader_name
 from asyncsplit.errors import (
     ConsumerConflictError,
     StaleEpochError,
@@ -62,6 +63,7 @@ class Epochs:
     """The barrier and the epoch it opens into."""
 
     n: int
+    """How many readers there are: splits, or replicas of splits."""
     epoch: int = -1
     phase: Phase = Phase.WAITING
     arrived: dict[int, Stream] = field(default_factory=dict)
@@ -75,6 +77,8 @@ class Epochs:
     their places are kept for whoever comes next."""
     noted: Noted | None = None
     """What to go on with, of a coordinator that died in the middle of an epoch."""
+    replicas: int = 1
+    """How many readers each split has."""
     _closed: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def recover(self, noted: Noted) -> None:
@@ -128,7 +132,7 @@ class Epochs:
             StateMismatchError: If a saved position comes after the first epoch has begun.
             StreamClosedError: If the stream was closed before this message came.
         """
-        holder = self.holder(split)
+        holder, name = self.holder(split), reader_name(split, self.replicas)
         reader = None if self.noted is None else self.noted.readers.get(split)
         is_reader = reader is not None and reader.consumer == stream.consumer
         if (
@@ -139,18 +143,18 @@ class Epochs:
             and position[:2] != (self.epoch + 1, 0)
         ):
             raise StateMismatchError(
-                f"split {split} cannot resume in epoch {position.epoch}: the split is at epoch"
+                f"{name} cannot resume in epoch {position.epoch}: the split is at epoch"
                 f" {self.epoch + (self.noted is not None)} already. Load states into a new split,"
                 " before iterating"
             )
         if self.is_closed(split, stream):
             raise StreamClosedError(
-                f"this stream over split {split} was closed while it waited for its epoch"
+                f"this stream over {name} was closed while it waited for its epoch"
             )
         if holder and holder.consumer != stream.consumer:
             if holder.consumer not in self.dead:
                 raise ConsumerConflictError(
-                    f"split {split} is already being consumed by another iterator"
+                    f"{name} is already being consumed by another iterator"
                     f" (consumer {holder.consumer}): give each consumer a split of its own, or"
                     " close the other stream first"
                 )
@@ -160,7 +164,7 @@ class Epochs:
             return self._take_over(split, stream)
         elif holder and holder.number > stream.number:
             raise StaleEpochError(
-                f"split {split} has moved on to a later stream of this iterator; iterate that one"
+                f"{name} has moved on to a later stream of this iterator; iterate that one"
             )
         if self.active.get(split) != stream:
             if position and position.has_begun and not position.saved:
@@ -178,10 +182,11 @@ class Epochs:
     ) -> None:
         """Let a stream go on only in an epoch that it reads."""
         if position.epoch <= self.epoch:
-            raise _over(position.epoch, split, self.epoch)
+            raise self._over(position.epoch, split)
         if reader is not None and reader.consumer != stream.consumer:
             raise ConsumerConflictError(
-                f"this consumer ({stream.consumer}) was replaced in split {split} before the"
+                f"this consumer ({stream.consumer}) was replaced in"
+                f" {reader_name(split, self.replicas)} before the"
                 " coordinator was restarted: it must not go on. Iterate the split anew"
             )
 
@@ -284,11 +289,12 @@ class Epochs:
         """
         if stream.consumer in self.dead:
             raise ConsumerConflictError(
-                f"this consumer ({stream.consumer}) was thought dead and split {split} given to"
-                " whoever replaces it: it must not go on. Iterate the split anew"
+                f"this consumer ({stream.consumer}) was thought dead and"
+                f" {reader_name(split, self.replicas)} given to whoever replaces it: it must not go"
+                " on. Iterate the split anew"
             )
         if epoch != self.epoch or self.active.get(split) != stream:
-            raise _over(epoch, split, self.epoch)
+            raise self._over(epoch, split)
 
     def vacate(self, split: int, stream: Stream) -> bool:
         """Note that a stream is closed which did not know that its epoch had begun; True if so.
@@ -324,9 +330,8 @@ class Epochs:
         if len(closed) > KEPT:
             del closed[next(iter(closed))]
 
-
-def _over(epoch: int, split: int, now: int) -> StaleEpochError:
-    return StaleEpochError(
-        f"epoch {epoch} is over for split {split}: the coordinator is at epoch {now};"
-        " start a new iteration"
-    )
+    def _over(self, epoch: int, split: int) -> StaleEpochError:
+        return StaleEpochError(
+            f"epoch {epoch} is over for {reader_name(split, self.replicas)}: the coordinator is at"
+            f" epoch {self.epoch}; start a new iteration"
+        )

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from asyncsplit.core.readers import readers_of
 from asyncsplit.core.routing import Part, RowsRouter
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import StateMismatchError
@@ -284,7 +285,11 @@ class SplitLog:
 
 
 class Ledger:
-    """All splits' logs of one epoch, filled by a router within each split's budget of bytes."""
+    """All splits' logs of one epoch, filled by a router within each split's budget of bytes.
+
+    Each replica of a split reads a log of its own, and all of them have the same leases: a block is
+    let go of when the last one has finished with it, and the slowest one has the budget's say.
+    """
 
     def __init__(
         self,
@@ -292,13 +297,18 @@ class Ledger:
         router: RowsRouter,
         budget_bytes: int,
         resume: Mapping[int, Position] | None = None,
+        replicas: int = 1,
     ) -> None:
-        """Start an epoch: no rows yet, every split present and hungry.
+        """Start an epoch: no rows yet, every reader present and hungry.
 
-        ``resume`` says how far splits have already come; their rows up to there are committed as
+        ``resume`` says how far readers have already come; their rows up to there are committed as
         they are produced.
         """
-        self.logs = [SplitLog(split, (resume or {}).get(split)) for split in range(n)]
+        self.logs = [
+            SplitLog(reader // replicas, (resume or {}).get(reader))
+            for reader in range(n * replicas)
+        ]
+        """Of each reader; see `asyncsplit.core.readers`."""
         self.router = router
         self.produced_rows = 0
         self.finished = False
@@ -306,6 +316,9 @@ class Ledger:
         self.budget_bytes = budget_bytes
         """Bytes that may wait for each split, but for the last block."""
         self._closed = False
+        self._replicas = replicas
+        self._sharing = [self.logs[i * replicas : (i + 1) * replicas] for i in range(n)]
+        self._split_bytes = [0] * n
         self._hungry = set(range(n))
         self._full: set[int] = set()
 
@@ -315,9 +328,29 @@ class Ledger:
         return self.router.unassigned_bytes + self.leased_bytes
 
     @property
+    def committed_rows(self) -> list[int]:
+        """For each split, the rows that all who read it have finished with."""
+        return [
+            min(present)
+            if (present := [log.committed_rows for log in logs if not log.left])
+            else max(log.committed_rows for log in logs)
+            for logs in self._sharing
+        ]
+
+    @property
+    def leased_rows(self) -> int:
+        """Rows assigned to splits that are neither committed nor truncated."""
+        truncated = self.truncated_rows - self.router.truncated_rows
+        return sum(self.router.rows) - sum(self.committed_rows) - truncated
+
+    @property
     def truncated_rows(self) -> int:
         """Rows nobody gets: what `equal` drops, and what was left for those who stopped early."""
-        return self.router.truncated_rows + sum(log.truncated_rows for log in self.logs)
+        return self.router.truncated_rows + sum(
+            min(log.truncated_rows for log in logs)
+            for logs in self._sharing
+            if all(log.left for log in logs)
+        )
 
     def produce(self, parts: Iterable[Part]) -> None:
         """Take the next parts of the dataset."""
@@ -331,56 +364,57 @@ class Ledger:
         self.router.finish()
 
     def route(self) -> set[int]:
-        """Lease what can be assigned now; return the splits that got something.
+        """Lease what can be assigned now; return the readers that got something.
 
         Raises:
             StateMismatchError: If a position to resume from was not reached.
         """
         got = set()
         for split, part in self.router.assign(self._hungry, self._full):
-            if self.logs[split].append(part):
-                got.add(split)
-                self.leased_bytes += part.size_bytes
-                self._sort(split)
+            for reader, log in enumerate(self._sharing[split], split * self._replicas):
+                if log.append(part):
+                    got.add(reader)
+            self._sort(split)
         if self.complete and not self._closed:
             self._closed = True
             for log in self.logs:
                 log.finish()
         return got
 
-    def acknowledge(self, split: int, rows: int, *, fed: int, low: int | None = None) -> None:
-        """Commit rows of a split; see `SplitLog.acknowledge`."""
-        log = self.logs[split]
-        before = log.leased_bytes
-        log.acknowledge(rows, fed=fed, low=low)
-        self.leased_bytes += log.leased_bytes - before
+    def acknowledge(self, reader: int, rows: int, *, fed: int, low: int | None = None) -> None:
+        """Commit rows of a reader; see `SplitLog.acknowledge`."""
+        self.logs[reader].acknowledge(rows, fed=fed, low=low)
+        self._sort(reader // self._replicas)
+
+    def leave(self, reader: int) -> None:
+        """Note that a reader's consumer takes no more this epoch; see `SplitLog.leave`."""
+        split = reader // self._replicas
+        self.logs[reader].leave()
+        if all(log.left for log in self._sharing[split]):
+            self.router.leave(split)
         self._sort(split)
 
-    def leave(self, split: int) -> None:
-        """Note that a split's consumer takes no more this epoch; see `SplitLog.leave`."""
-        self.router.leave(split)
-        self.leased_bytes -= self.logs[split].leased_bytes
-        self.logs[split].leave()
-        self._sort(split)
-
-    def rewind(self, split: int, shuffle: ShuffleKey | None = None) -> None:
-        """Let a new consumer take a split over; see `SplitLog.rewind`."""
-        self.logs[split].rewind(shuffle)
-        self._sort(split)
+    def rewind(self, reader: int, shuffle: ShuffleKey | None = None) -> None:
+        """Let a new consumer take a reader's place; see `SplitLog.rewind`."""
+        self.logs[reader].rewind(shuffle)
+        self._sort(reader // self._replicas)
 
     def blockers(self) -> Collection[int]:
-        """Name the splits whose full budgets keep blocks from all others."""
+        """Name the readers whose full budgets keep blocks from all others."""
         if self.complete or self.credit():
             return ()
+        # On demand nobody is wanted where each split has a replica that has enough.
+        wanted = self.router.wanted_by(self._hungry) or range(len(self._sharing))
         return [
-            split
-            for split in self.router.wanted_by(self._hungry)
-            if not self.logs[split].left and self.logs[split].waiting_bytes >= self.budget_bytes
+            reader
+            for split in wanted
+            for reader in readers_of(split, self._replicas)
+            if self.logs[reader].waiting_bytes >= self.budget_bytes
         ]
 
-    def exhausted(self, split: int) -> bool:
-        """Tell whether nothing will be added to the split's log any more."""
-        return self.logs[split].left or not self.router.may_get_more(split)
+    def exhausted(self, reader: int) -> bool:
+        """Tell whether nothing will be added to the reader's log any more."""
+        return self.logs[reader].left or not self.router.may_get_more(reader // self._replicas)
 
     @property
     def complete(self) -> bool:
@@ -396,16 +430,24 @@ class Ledger:
         present = [log.waiting_bytes for log in self.logs if not log.left]
         if self.finished or not present:
             return 0
-        wanted = self.router.wanted_by(self._hungry)
-        if not any(
-            self.logs[split].left or self.logs[split].waiting_bytes < self.budget_bytes
-            for split in wanted
-        ):
+        if self._full.issuperset(self.router.wanted_by(self._hungry)):
             return 0
         return max(1, self.budget_bytes - max(present))
 
     def _sort(self, split: int) -> None:
-        """Keep the sets of splits that could use a part at once, and that have enough."""
-        log = self.logs[split]
-        (self._hungry.discard if log.waiting or log.left else self._hungry.add)(split)
-        (self._full.add if log.waiting_bytes >= self.budget_bytes else self._full.discard)(split)
+        """Keep what is leased, which splits could use a part at once, and which have enough."""
+        leased = waiting = 0
+        starving = False
+        for log in self._sharing[split]:
+            # Whoever is behind holds all that the others hold.
+            if log.leased_bytes > leased:
+                leased = log.leased_bytes
+            if log.waiting_bytes > waiting:
+                waiting = log.waiting_bytes
+            if not (log.left or log.waiting):
+                starving = True
+        self.leased_bytes += leased - self._split_bytes[split]
+        self._split_bytes[split] = leased
+        full = waiting >= self.budget_bytes
+        (self._full.add if full else self._full.discard)(split)
+        (self._hungry.add if starving and not full else self._hungry.discard)(split)

@@ -8,6 +8,7 @@ says who is missing. Times are seconds of any clock that only moves forward.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from asyncsplit.core.readers import reader_name
 from asyncsplit.errors import ConsumerLostError
 
 FIRST_WARNING_S = 30.0
@@ -19,6 +20,7 @@ class Liveness:
 
     barrier_timeout_s: float | None
     rejoin_timeout_s: float | None
+    replicas: int = 1
     _heard: dict[int, float] = field(default_factory=dict)
     _died: dict[int, float] = field(default_factory=dict)
     _how: dict[int, str] = field(default_factory=dict)
@@ -72,7 +74,7 @@ class Liveness:
         if not stories:
             return None
         self._warn_after *= 2
-        return _listing(stories)
+        return _listing(stories, self.replicas)
 
     def _overdue(self, split: int, since: float, now: float) -> str | None:
         died = self._died.get(split)
@@ -91,15 +93,17 @@ class Liveness:
         return f"has not been heard of for {now - self._last_sign(split, since):.0f} s"
 
 
-def lost_error(epoch: int, lost: dict[int, str]) -> ConsumerLostError:
+def lost_error(epoch: int, lost: dict[int, str], replicas: int = 1) -> ConsumerLostError:
     """Return what those get who have waited for lost splits."""
     return ConsumerLostError(
-        f"epoch {epoch} cannot go on: {_listing(lost)}. Restart the workers of these splits and"
-        " iterate again; raise SplitOptions.barrier_timeout_s if loops pause for longer than that,"
-        " or SplitOptions.rejoin_timeout_s if replacing a worker takes longer"
+        f"epoch {epoch} cannot go on: {_listing(lost, replicas)}. Restart the workers of these"
+        " splits and iterate again; raise SplitOptions.barrier_timeout_s if loops pause for longer"
+        " than that, or SplitOptions.rejoin_timeout_s if replacing a worker takes longer"
     )
 
 
-def _listing(stories: dict[int, str]) -> str:
+def _listing(stories: dict[int, str], replicas: int) -> str:
     """Put what is known of several splits into one line."""
-    return "; ".join(f"split {split} {story}" for split, story in sorted(stories.items()))
+    return "; ".join(
+        f"{reader_name(reader, replicas)} {story}" for reader, story in sorted(stories.items())
+    )

@@ -3,17 +3,18 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from asyncsplit.core.ledger import FINISHED, Past, Position, SplitLog
+from asyncsplit.core.readers import reader_names
 from asyncsplit.core.routing import Equal, Part, make_router
 from asyncsplit.errors import CoordinatorLostError, StateMismatchError
 
 
 def read_before(
-    resume: Mapping[int, Position], n: int, epoch: int, *, repeatable: bool
+    resume: Mapping[int, Position], n: int, epoch: int, *, repeatable: bool, replicas: int = 1
 ) -> tuple[tuple[Past, ...], ...]:
     """Return what runs with other numbers of splits have read of an epoch to be resumed.
 
-    ``resume`` says where splits stand in it; ``repeatable`` whether the same blocks are given to
-    the same splits again.
+    ``resume`` says where readers stand in it, of which there are ``n * replicas``;
+    ``repeatable`` whether the same blocks are given to the same splits again.
 
     Raises:
         CoordinatorLostError: If a coordinator that died cannot be replaced in the middle.
@@ -22,10 +23,11 @@ def read_before(
     if not resume:
         return ()
     saved = {split for split, position in resume.items() if position.saved}
-    if saved and (without := set(range(n)) - set(resume)):
+    if saved and (without := set(range(n * replicas)) - set(resume)):
         raise StateMismatchError(
-            f"splits {sorted(saved)} resume in epoch {epoch}, but splits {sorted(without)} have no"
-            " state of it: load the states of all splits"
+            f"{reader_names(saved, replicas)} resume in epoch {epoch}, but"
+            f" {reader_names(without, replicas)} have no state of it: load the states of all splits"
+            + (", into all of their replicas" if replicas > 1 else "")
         )
     if repeatable:
         earlier = {p.earlier for p in resume.values() if p.rows != FINISHED}

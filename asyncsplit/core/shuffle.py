@@ -8,10 +8,13 @@ half of the size asked for and yields short batches in the middle of the stream;
 neither, and like upstream it needs up to one and a half times that size, plus one block.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from asyncsplit.errors import StateMismatchError
 
 Indices = NDArray[np.int64]
 
@@ -35,6 +38,39 @@ class ShuffleKey(NamedTuple):
     def is_like(self, other: "ShuffleKey") -> bool:
         """Tell whether only the seed can differ."""
         return self._replace(seed=other.seed) == other
+
+
+def shared_key(
+    split: int, begun: Iterable[ShuffleKey | None], asked: Iterable[ShuffleKey | None]
+) -> ShuffleKey | None:
+    """Return what the replicas of a split draw their order from: one key for all of them.
+
+    It is that of an order that has begun before, else the first that is asked for.
+
+    Raises:
+        StateMismatchError: If they have begun different orders.
+        ValueError: If they ask for different sizes.
+    """
+    keys: list[ShuffleKey | None] = list(dict.fromkeys(filter(None, begun)))
+    if len(keys) > 1:
+        raise StateMismatchError(
+            f"the replicas of split {split} resume from states of different runs: load the states"
+            " of one run into all of them"
+        )
+    keys += asked
+    if len(asked_for := {sizes(key): None for key in keys}) > 1:
+        raise ValueError(
+            f"the replicas of split {split} have to see the same batches, but ask for"
+            f" {', and for '.join(asked_for)}: give all of them the same arguments"
+        )
+    return keys[0] if keys else None
+
+
+def sizes(key: ShuffleKey | None) -> str:
+    """Say how rows are shuffled, in the words of who asks for it."""
+    if key is None:
+        return "local_shuffle_buffer_size=None"
+    return f"local_shuffle_buffer_size={key.buffer_size} and batch_size={key.batch_size}"
 
 
 class ShufflePlan:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from asyncsplit.core.ledger import FINISHED, Past, Position
-from asyncsplit.core.shuffle import ShuffleKey
+from asyncsplit.core.shuffle import ShuffleKey, sizes
 from asyncsplit.errors import StateMismatchError
 
 VERSION = 1
@@ -62,26 +62,21 @@ def check_shuffle(position: Position | None, key: ShuffleKey | None, split: int)
     before = position.shuffle
     if before is not key and (before is None or key is None or not before.is_like(key)):
         raise StateMismatchError(
-            f"the state of split {split} was saved with {_sizes(before)}, and cannot be resumed in"
-            f" the middle of its epoch with {_sizes(key)}: use the same"
+            f"the state of split {split} was saved with {sizes(before)}, and cannot be resumed in"
+            f" the middle of its epoch with {sizes(key)}: use the same"
         )
 
 
-def _sizes(key: ShuffleKey | None) -> str:
-    if key is None:
-        return "local_shuffle_buffer_size=None"
-    return f"local_shuffle_buffer_size={key.buffer_size} and batch_size={key.batch_size}"
-
-
 def _positions_from(states: Sequence[Any]) -> list[Position]:
-    """Return the positions of all splits of one run, in order."""
-    parsed = sorted(map(_parse, states), key=lambda found: found[1])
-    expected = [(split, len(states)) for split in range(len(states))]
+    """Return the positions of all splits of one run, in order; replicas have to agree."""
+    given = sorted(map(_parse, states), key=lambda found: found[1])
+    parsed = list(dict.fromkeys(given))
+    expected = [(split, len(parsed)) for split in range(len(parsed))]
     if not states or [(split, n) for _, split, n in parsed] != expected:
-        found = ", ".join(f"{split} of {n}" for _, split, n in parsed)
+        found = ", ".join(f"{split} of {n}" for _, split, n in given)
         raise StateMismatchError(
             f"{len(states)} states, of splits {found or 'none'}, are not those of one run: pass"
-            " one state of each of its splits"
+            " one state of each of its splits, or those of all replicas, saved at the same step"
         )
     return [position for position, _, _ in parsed]
 

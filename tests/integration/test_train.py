@@ -219,3 +219,17 @@ def test_a_coordinator_ends_with_the_workers_of_its_group(
         return not runs(coordinator)
 
     asyncio.run(eventually(ended, 60))
+
+
+def test_replicas_of_a_split_go_to_successive_ranks() -> None:
+    config = AsyncDataConfig(["train"], options=SplitOptions(replicas=2))
+    datasets = {"train": ray.data.range(10), "val": ray.data.range(10)}
+
+    def where(it: Any) -> tuple[int, int, int]:
+        return it.split_index, it.replica_index, it.world_size()
+
+    shards: Any = config.configure(datasets, 4, None, None)
+    assert [where(rank["train"]) for rank in shards] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
+    assert [where(rank["val"]) for rank in shards] == [(0, 0, 1)] * 4, "whole, for each"
+    with pytest.raises(ValueError, match=r"'train' cannot be split among 3 workers with .*=2"):
+        config.configure(datasets, 3, None, None)

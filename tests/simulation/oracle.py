@@ -48,7 +48,8 @@ class Oracle:
     _ledger: Ledger | None = None
     _epoch: int = -1
     _ran: bool = False
-    _leased: set[int] = field(default_factory=set)
+    replicas: int = 1
+    _leased: set[tuple[int, int]] = field(default_factory=set)
     _holders: dict[int, Stream] = field(default_factory=dict)
 
     def step(self) -> None:
@@ -104,6 +105,13 @@ class Oracle:
             expected = share.ids[first : first + len(ids)]
             assert ids == expected, f"{split=} got {ids}, not {expected}"
 
+        first_reader = split - split % self.replicas
+        for reader in range(first_reader, first_reader + self.replicas):
+            fellow = self.share(epoch, reader)
+            pairs = zip(share.drawn, fellow.drawn, strict=False)
+            pairs = pairs if self.shuffled else zip(share.ids, fellow.ids, strict=False)
+            assert all(mine == theirs for mine, theirs in pairs), "replicas see the same"
+
     def finished(self, epoch: int, split: int, rows: int) -> None:
         """Note that a loop has finished with so many rows of its share."""
         share = self.share(epoch, split)
@@ -115,13 +123,10 @@ class Oracle:
         assert rows == len(share.ids), f"{split=} ended after {rows} of {len(share.ids)} rows"
 
     def _check_ledger(self, ledger: Ledger) -> None:
-        leased = committed = 0
         for split, log in enumerate(ledger.logs):
             share = self.share(self._epoch, split)
             if share.seen < log.next_seq:
                 self._see(ledger, split, share)
-            leased += log.leased_rows
-            committed += log.committed_rows
             assert log.leased_rows >= 0
             assert log.committed_rows >= share.committed, "a committed row is not any more"
             share.committed = log.committed_rows
@@ -136,10 +141,16 @@ class Oracle:
             assert log.waiting_bytes <= max(bound, share.bound_bytes), (
                 f"{log.waiting_bytes} bytes wait for {split=}, {bound} may"
             )
-        assert leased + committed + ledger.truncated_rows + ledger.router.unassigned_rows == (
+        in_a_place = ledger.leased_rows + ledger.truncated_rows + ledger.router.unassigned_rows
+        assert sum(ledger.committed_rows) + in_a_place == (
             ledger.produced_rows + ledger.router.padded_rows
         ), "each row is unassigned, leased, committed or truncated"
-        assert sum(log.leased_bytes for log in ledger.logs) == ledger.leased_bytes
+        assert ledger.leased_rows >= 0
+        held: list[dict[int, int]] = [{} for _ in ledger.router.rows]
+        for reader, log in enumerate(ledger.logs):
+            for lease in log.read(log.first_seq, max_leases=10_000):
+                held[reader // self.replicas][id(lease.part)] = lease.part.size_bytes
+        assert sum(sum(sizes.values()) for sizes in held) == ledger.leased_bytes
 
     def _see(self, ledger: Ledger, split: int, share: Share) -> None:
         log = ledger.logs[split]
@@ -155,8 +166,9 @@ class Oracle:
                 share.padded += len(ids)
             else:
                 assert not share.padded, "padding comes last"
-                assert self._leased.isdisjoint(ids), f"{ids} were leased before"
-                self._leased.update(ids)
+                again = {(split % self.replicas, i) for i in ids}
+                assert self._leased.isdisjoint(again), f"{ids} were leased before"
+                self._leased.update(again)
             share.ids.extend(ids)
             share.seen += 1
 
@@ -164,7 +176,7 @@ class Oracle:
         if not ledger.complete:
             return
         assert ledger.produced_rows == self.dataset.rows
-        n = len(ledger.logs)
+        n = len(ledger.logs) // self.replicas
         rows = ledger.router.rows
         padded = ledger.router.padded_rows
         if self.equal == "pad":
@@ -179,7 +191,7 @@ class Oracle:
             )
         stayed = [split for split, log in enumerate(ledger.logs) if not log.left]
         for split in stayed:
-            assert len(self.share(self._epoch, split).ids) == rows[split]
+            assert len(self.share(self._epoch, split).ids) == rows[split // self.replicas]
 
     def _note_take_over(self, split: int, stream: Stream) -> None:
         self._holders[split] = stream

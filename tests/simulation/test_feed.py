@@ -9,9 +9,10 @@ import pytest
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.ledger import Position, fingerprint
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.feed import Feed
 from asyncsplit.pipeline import Pipeline
-from asyncsplit.wire import Delivery, Slice, Started
+from asyncsplit.wire import Delivery, Rejoin, Slice, Started
 from tests.simulation.clock import VirtualLoop
 from tests.simulation.dataset import ROW_BYTES, Ref
 from tests.simulation.world import fakes_installed, use_clock
@@ -95,3 +96,28 @@ def test_small_blocks_of_another_node_are_sent_for_ahead_of_their_group() -> Non
     with fakes_installed(), contextlib.closing(loop):
         assert sent_for("node") == 3, "a group, on the consumer's own node"
         assert sent_for("another node") == 10, "and as far as prefetch_batches says, elsewhere"
+
+
+def test_who_has_begun_nothing_draws_as_a_restarted_coordinator_says() -> None:
+    """Its fellows, if there are any, may have begun another order by then."""
+    loop = VirtualLoop()
+    use_clock(loop)
+    slices = (Slice(Ref(range(5), loop, 1.0), 0, 5, 40),)  # type: ignore[arg-type]
+    coordinator: Any = Answers(
+        start_epoch=[
+            Started(Position(0, shuffle=ShuffleKey(10, 5, seed)), 100, Delivery(0, slices, end=end))
+            for seed, end in ((1, False), (2, True))
+        ],
+        pull=[Rejoin()],
+    )
+    with fakes_installed(), contextlib.closing(loop):
+        pipeline = Pipeline(batch_size=5, batch_format=None, shuffle_buffer_size=10)
+        feed = Feed(
+            *(Consumer(coordinator, 0, 0), Stream("it", 1), pipeline),
+            prefetch_batches=1,
+            batch_size=5,
+        )
+        for _ in range(3):
+            feed.advance(0)
+        assert pipeline.shuffle == ShuffleKey(10, 5, 2)
+        assert feed.backlog == 1

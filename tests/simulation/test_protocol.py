@@ -24,6 +24,7 @@ from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import KEPT, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Position, fingerprint
 from asyncsplit.core.progress import Progress
+from asyncsplit.core.readers import readers_of
 from asyncsplit.core.routing import Equal
 from asyncsplit.core.state import position_from, state_of
 from asyncsplit.engine import Block, Bundle
@@ -285,9 +286,16 @@ class Job:
     """A coordinator, its consumers, what is on the wire between them, and what must hold."""
 
     def __init__(
-        self, n: int, mode: tuple[Equal, str, bool], sizes: tuple[int, ...], budget: int
+        self,
+        n: int,
+        mode: tuple[Equal, str, bool],
+        sizes: tuple[int, ...],
+        budget: int,
+        replicas: int = 1,
     ) -> None:
-        self.n = n
+        self.n = n * replicas
+        """How many consumers there are; where they are replicas, each is called a split here."""
+        self.replicas = replicas
         self.equal, self.routing, self.in_order = mode
         self.goes_on = self.routing == "rows" and self.in_order
         """Whether an epoch goes on when the coordinator was restarted."""
@@ -303,8 +311,9 @@ class Job:
         """Whether somebody has died or been restarted since states were loaded."""
         self.generation = 0
         self.shares: dict[tuple[int, int, int], Share] = {}
-        self.taken: dict[tuple[int, int], dict[int, int]] = {}
-        """For each epoch, which split has got a row; those of runs before have it from -1."""
+        self.taken: dict[tuple[int, int], dict[tuple[int, int], int]] = {}
+        """For each epoch, which split has got a row as which replica; those of runs before have it
+        from -1."""
         self.partial: set[tuple[int, int]] = set()
         """Epochs that somebody left early."""
         self.left: set[tuple[int, int, int]] = set()
@@ -318,7 +327,7 @@ class Job:
         self.loop = VirtualLoop()
         new_actor()
         self.restart()
-        for split in range(n):
+        for split in range(self.n):
             self.spawn(split)
 
     # What happens to it
@@ -345,9 +354,11 @@ class Job:
             prefetch_bytes=self.budget,
             barrier_timeout_s=BARRIER_S,
             rejoin_timeout_s=REJOIN_S,
+            replicas=self.replicas,
             telemetry=TelemetryConfig(enabled=False),
         )
-        self.coordinator = SplitCoordinator(self.n, self.equal, None, options, dataset)  # type: ignore[arg-type]
+        splits = self.n // self.replicas
+        self.coordinator = SplitCoordinator(splits, self.equal, None, options, dataset)  # type: ignore[arg-type]
         self.waiting: dict[int, set[Stream]] = {}
         self.closed: set[Stream] = set()
         self.places: dict[int, Stream] = {}
@@ -376,7 +387,12 @@ class Job:
         born = self.born.setdefault(split, [])
         position = None
         if self.states is not None and self.coordinator._runner.epochs.epoch < 0:
-            position = position_from(self.states, split, self.n)
+            own = len(self.states) == self.n
+            position = position_from(
+                self.states[split] if own else self.states,
+                split // self.replicas,
+                self.n // self.replicas,
+            )
         reader = Reader(self, split, f"{split}-{len(born)}", position, ousted=intruder)
         born.append(reader)
         if intruder:
@@ -461,17 +477,19 @@ class Job:
         if call.answered or call.stream != reader.stream:
             return  # nobody waits for it
         if isinstance(error, ConsumerLostError):
-            stories = re.findall(r"split (\d+) (died|left|has not been heard of)", str(error))
+            what = r"(?:replica (\d) of )?split (\d) (died|left|has not been heard of)"
+            stories = re.findall(what, str(error))
             assert stories
-            for split, story in stories:
+            for replica, its_split, story in stories:
+                split = int(its_split) * self.replicas + int(replica or 0)
                 # The epoch may have failed earlier, and its consumer hears of it now.
                 moments = [(self.loop.time(), self.heard, self.died), *self.failures]
                 if story != "has not been heard of":
                     bound = REJOIN_S
-                    silent = [now - died.get(int(split), now) for now, _, died in moments]
+                    silent = [now - died.get(split, now) for now, _, died in moments]
                 else:
                     bound = BARRIER_S
-                    silent = [now - heard.get(int(split), 0.0) for now, heard, _ in moments]
+                    silent = [now - heard.get(split, 0.0) for now, heard, _ in moments]
                 assert max(silent) >= bound - 0.001, f"too early: {error}"
         elif isinstance(error, ConsumerConflictError):
             rivals = [r for r in self.others if r.split == reader.split]
@@ -532,12 +550,19 @@ class Job:
         known = share.ids[first : first + len(ids)]
         assert known == ids[: len(known)], "what comes again is the same"
         taken = self.taken.setdefault((self.generation, epoch), {})
+        replica = reader.split % self.replicas
         for i in ids[len(known) :]:
             share.ids.append(i)
             share.padded += padding
             if not padding:
-                assert i not in taken, f"row {i} goes to {reader.split}, and to {taken[i]}"
-                taken[i] = reader.split
+                row = i, replica
+                assert row not in taken, f"row {i} goes to {reader.split}, and to {taken[row]}"
+                taken[row] = reader.split
+        for split in readers_of(reader.split // self.replicas, self.replicas):
+            fellow = self.share(epoch, split).ids
+            assert all(mine == its for mine, its in zip(share.ids, fellow, strict=False)), (
+                "the same"
+            )
 
     def end(self, reader: Reader, rows: int) -> None:
         """Check an epoch that all have read to its end."""
@@ -549,11 +574,14 @@ class Job:
         shares = [self.share(epoch, split) for split in range(self.n)]
         if not all(s.ended for s in shares) or (self.generation, epoch) in self.partial:
             return
-        missing = sum(self.sizes) - len(self.taken.get((self.generation, epoch), {}))
+        missing = sum(self.sizes) - len(
+            {i for i, _ in self.taken.get((self.generation, epoch), {})}
+        )
         if self.equal:
             assert len({len(s.ids) for s in shares}) == 1, "equal shares"
         if self.equal is True:
-            missing -= min(missing, self.may_drop.get((self.generation, epoch), self.n - 1))
+            usual = self.n // self.replicas - 1
+            missing -= min(missing, self.may_drop.get((self.generation, epoch), usual))
         assert not missing, f"{missing} rows of epoch {epoch} are lost"
 
     def note_end(self, call: Call) -> None:
@@ -615,10 +643,7 @@ class Job:
         if epochs.phase is not Phase.RUNNING:
             self.bounds.clear()
             return
-        leased = committed = 0
         for split, log in enumerate(ledger.logs):
-            leased += log.leased_rows
-            committed += log.committed_rows
             share = self.share(epochs.epoch, split)
             assert log.committed_rows <= share.finished, "nobody has finished that"
             if not log.left and split in epochs.active:
@@ -626,7 +651,10 @@ class Job:
                 share.committed = log.position.rows
             self.check_budget(split)
         assert ledger.produced_rows + ledger.router.padded_rows == (
-            leased + committed + ledger.truncated_rows + ledger.router.unassigned_rows
+            ledger.leased_rows
+            + sum(ledger.committed_rows)
+            + ledger.truncated_rows
+            + ledger.router.unassigned_rows
         ), "each row is unassigned, leased, committed or truncated"
 
     def check_barrier(self, epoch: int) -> None:
@@ -667,7 +695,7 @@ class Job:
         assert waiting < bound or waiting <= taken_over, f"{waiting} bytes wait, {bound} may"
 
 
-SPLITS = st.integers(0, 3)
+SPLITS = st.integers(0, 5)
 FATES = st.sampled_from(("arrives", "arrives", "arrives", "late", "twice", "reply lost"))
 
 
@@ -687,11 +715,19 @@ class ProtocolMachine(RuleBasedStateMachine):
         ),
         sizes=st.lists(st.integers(1, 6), min_size=1, max_size=8),
         budget=st.sampled_from((1, 60, 1000)),
+        replicas=st.sampled_from((1, 1, 2, 3)),
     )
-    def start(self, n: int, mode: tuple[Equal, str, bool], sizes: list[int], budget: int) -> None:
+    def start(
+        self,
+        n: int,
+        mode: tuple[Equal, str, bool],
+        sizes: list[int],
+        budget: int,
+        replicas: int = 1,
+    ) -> None:
         self.fakes = contextlib.ExitStack()
         self.fakes.enter_context(fakes_installed())
-        self.job = Job(n, mode, tuple(sizes), budget)
+        self.job = Job(n, mode, tuple(sizes), budget, replicas)
 
     def teardown(self) -> None:
         if not hasattr(self, "job"):
@@ -863,6 +899,7 @@ class ProtocolMachine(RuleBasedStateMachine):
     def the_run_is_resumed(self, n: int) -> None:
         """All states are saved, all processes end, and a new run of ``n`` splits loads them."""
         job = self.job
+        n *= job.replicas
         if not all(reader.alive for reader in job.readers.values()):
             return
         unknown = any(reader.is_new for reader in job.readers.values())
@@ -874,7 +911,14 @@ class ProtocolMachine(RuleBasedStateMachine):
             return  # not states of one moment: somebody began anew
         if len({p.earlier for p in stood if p.epoch == epoch}) > 1:
             return
-        states = [state_of(position, split, job.n) for split, position in enumerate(stood)]
+        states = [
+            state_of(position, split // job.replicas, job.n // job.replicas)
+            for split, position in enumerate(stood)
+        ]
+        if n != job.n and any(
+            states[split] != states[split - split % job.replicas] for split in range(job.n)
+        ):
+            return  # not of the same step
         job.states = json.loads(json.dumps(states))
         job.disturbed = False
         shares = [job.share(epoch, split) for split in range(job.n)]
@@ -899,11 +943,13 @@ class ProtocolMachine(RuleBasedStateMachine):
         job = self.job
         old, new = (job.generation, epoch), (job.generation + 1, epoch)
         if any(rows) or old in job.may_drop:
-            job.may_drop[new] = job.may_drop.get(old, job.n - 1) + n - 1
-        before = {i: -1 for i, split in job.taken.get(old, {}).items() if split == -1}
-        for share, finished in zip(shares, rows, strict=True):
+            usual = job.n // job.replicas - 1
+            job.may_drop[new] = job.may_drop.get(old, usual) + n // job.replicas - 1
+        before = {row: -1 for row, split in job.taken.get(old, {}).items() if split == -1}
+        for split, (share, finished) in enumerate(zip(shares, rows, strict=True)):
             own = len(share.ids) - share.padded
-            before |= dict.fromkeys(share.ids[: min(finished, own)], -1)
+            ids = share.ids[: min(finished, own)]
+            before |= dict.fromkeys(((i, split % job.replicas) for i in ids), -1)
         job.taken[new] = before
         if old in job.partial:
             job.partial.add(new)

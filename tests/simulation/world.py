@@ -86,6 +86,12 @@ class Plan:
     """Whether the coordinator knows how many epochs there are, and starts them ahead."""
     in_order: bool
     """Whether the dataset says that it preserves order."""
+    replicas: int = 1
+    """How many consumers share each split; what is called a split below is then one of them."""
+
+    @property
+    def readers(self) -> int:
+        return self.n * self.replicas
 
     @classmethod
     def of(cls, random: random.Random, later: random.Random) -> "Plan":
@@ -138,6 +144,7 @@ class Plan:
             )
             ._padded(later)
             ._ordered(later)
+            ._replicated(later)
         )
 
     def _padded(self, later: random.Random) -> "Plan":
@@ -147,6 +154,10 @@ class Plan:
     def _ordered(self, later: random.Random) -> "Plan":
         """Have half of the datasets say that they do not preserve order."""
         return replace(self, in_order=later.random() < 0.5)
+
+    def _replicated(self, later: random.Random) -> "Plan":
+        """Have several consumers share each split in some of the plans."""
+        return replace(self, replicas=later.choice((2, 3)) if later.random() < 0.25 else 1)
 
 
 class World:
@@ -182,6 +193,7 @@ class World:
             barrier_timeout_s=5.0 if plan.impatient else 1800.0,
             rejoin_timeout_s=3.0 if plan.impatient else 120.0,
             epochs=plan.epochs if plan.ahead else None,
+            replicas=plan.replicas,
             telemetry=telemetry,
         )
         self.coordinator = SplitCoordinator(
@@ -199,6 +211,7 @@ class World:
             plan.equal,
             plan.shuffle,
             (plan.batch_size or 1) - 1 if plan.drop_last else 0,
+            replicas=plan.replicas,
         )
         self.errors: list[BaseException] = []
         self.workers: dict[Process, asyncio.Task[None]] = {}
@@ -220,7 +233,7 @@ class World:
     async def run(self) -> None:
         """Run the plan; raise whatever went wrong."""
         everything = [self.loop.create_task(self.cause_trouble())]
-        for split in range(self.plan.n):
+        for split in range(self.plan.readers):
             self.spawn(split, self.random.choice((0.0, 0.0, 1.0)))
         if self.plan.shut_down_after_s is not None:
             everything.append(self.loop.create_task(self.shut_down(self.plan.shut_down_after_s)))
@@ -279,7 +292,7 @@ class World:
         self.random.shuffle(troubles)
         for trouble in troubles:
             await asyncio.sleep(self.random.choice((0.01, 0.1, 1.0, 5.0)) * self.random.random())
-            trouble(self.random.randrange(self.plan.n))
+            trouble(self.random.randrange(self.plan.readers))
 
     def suspect(self, split: int) -> None:
         """Report a live consumer dead, and replace it."""
@@ -314,9 +327,11 @@ class Worker:
         tracing = Tracing.of(world.telemetry, None)
         self.it = AsyncDataIterator(
             world.network.handle(process),  # type: ignore[arg-type]
-            split,
+            split // world.plan.replicas,
             world.plan.n,
             tracing=tracing,
+            replica=split % world.plan.replicas,
+            replicas=world.plan.replicas,
         )
         if tracing is not None:  # here, and not on a thread, for which no time would pass
             opened: Future[Tracer | None] = Future()

@@ -49,6 +49,8 @@ def test_iter_batches(
         ({"routing": "random"}, ValueError, "routing='random' is unknown: use 'rows' or 'demand'"),
         ({"prefetch_bytes": 0}, ValueError, "prefetch_bytes=0 must be 1 or more"),
         ({"prefetch_bytes": 1.5}, TypeError, r"prefetch_bytes=1\.5 must be an int, or None"),
+        ({"replicas": 0}, ValueError, "replicas=0 must be 1 or more"),
+        ({"replicas": True}, TypeError, "replicas=True must be an int"),
         ({"epochs": 0}, ValueError, "epochs=0 must be 1 or more, or None"),
         ({"epochs": True}, TypeError, "epochs=True must be an int, or None"),
         ({"coordinator_node_id": 7}, TypeError, "coordinator_node_id=7 must be the id of a node"),
@@ -82,6 +84,11 @@ def test_ways_out_of_metrics(
 ) -> None:
     with pytest.raises(error, match=message):
         TelemetryConfig(**arguments)
+
+
+def test_a_single_consumer_has_no_fellows() -> None:
+    with pytest.raises(ValueError, match=r"replicas=2 needs as many consumers"):
+        asyncsplit.iter_batches(cast("Any", None), options=SplitOptions(replicas=2))
 
 
 def test_an_unsupported_ray_is_refused_before_anything_else(

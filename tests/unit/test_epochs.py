@@ -40,6 +40,17 @@ def test_the_barrier_opens_when_each_split_has_arrived() -> None:
     assert not epochs.arrived
 
 
+def test_the_barrier_opens_when_each_replica_of_each_split_has_arrived() -> None:
+    epochs = Epochs(4, replicas=2)
+    for reader in range(3):
+        epochs.arrive(reader, Stream(str(reader), 1))
+    assert epochs.missing == [3]
+    with pytest.raises(ConsumerConflictError, match="replica 0 of split 1 is already being"):
+        epochs.arrive(2, Stream("intruder", 1))
+    epochs.arrive(3, Stream("3", 1))
+    assert epochs.ready
+
+
 def test_an_intruder_is_refused_and_changes_nothing() -> None:
     epochs = running()
     before = dict(epochs.active)

@@ -116,6 +116,24 @@ def test_rows_of_a_split_that_left_do_not_stop_the_others() -> None:
     assert ledger.credit() == 0
 
 
+def test_the_slowest_replica_bounds_the_lead_of_the_others_until_it_leaves() -> None:
+    ledger = Ledger(1, make_router(1, equal=False, routing="rows"), 20, replicas=2)
+    ledger.produce(Part(object(), 0, 5, 10) for _ in range(3))
+    assert ledger.route() == {0, 1}
+    ledger.acknowledge(0, 10, fed=2)
+    assert not ledger.route()
+    assert not ledger.credit()
+    assert ledger.blockers() == [1], "it is named"
+    assert ledger.committed_rows == [0], "not by all"
+    assert ledger.leased_bytes == 20, "counted once"
+    ledger.leave(1)
+    assert ledger.committed_rows == [10]
+    assert ledger.route() == {0}
+    assert ledger.credit()
+    ledger.leave(0)
+    assert (ledger.truncated_rows, ledger.leased_rows) == (5, 0)
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Produce, read, acknowledge, crash, restart, resume and leave in any order, epoch by epoch."""
 
@@ -123,9 +141,11 @@ class LedgerMachine(RuleBasedStateMachine):
         n=st.integers(1, 5),
         mode=st.sampled_from([(False, "rows"), (True, "rows"), ("pad", "rows"), (False, "demand")]),
         leavers=st.integers(0, 2),
+        replicas=st.sampled_from((1, 1, 2, 3)),
     )
-    def start(self, n: int, mode: tuple[Equal, str], leavers: int) -> None:
+    def start(self, n: int, mode: tuple[Equal, str], leavers: int, replicas: int) -> None:
         self.n = n
+        self.replicas = replicas
         self.leavers = leavers
         self.equal: Equal = mode[0]
         self.routing = mode[1]
@@ -134,18 +154,19 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin(self, resume: dict[int, Position]) -> None:
         """Begin an epoch, or go on in it with a new ledger."""
         router = make_router(self.n, equal=self.equal, routing=self.routing)
-        self.ledger = Ledger(self.n, router, BUDGET, resume)
+        self.ledger = Ledger(self.n, router, BUDGET, resume, self.replicas)
         if resume:
             return
         self.parts: list[Part] = []
         self.biggest = 0
-        self.cursors = [0] * self.n
-        self.begun = [0] * self.n
-        self.finished = [0] * self.n
-        self.committed = [0] * self.n
+        readers = self.n * self.replicas
+        self.cursors = [0] * readers
+        self.begun = [0] * readers
+        self.finished = [0] * readers
+        self.committed = [0] * readers
         self.rewound: set[int] = set()
-        self.delivered: list[list[tuple[int, int, bool]]] = [[] for _ in range(self.n)]
-        self.leases: list[list[Part]] = [[] for _ in range(self.n)]
+        self.delivered: list[list[tuple[int, int, bool]]] = [[] for _ in range(readers)]
+        self.leases: list[list[Part]] = [[] for _ in range(readers)]
         self.sent: list[tuple[int, int, int]] = []
 
     def readable(self) -> list[int]:
@@ -294,11 +315,16 @@ class LedgerMachine(RuleBasedStateMachine):
         logs = ledger.logs
         assert ledger.produced_rows + ledger.router.padded_rows == (
             ledger.router.unassigned_rows
-            + sum(log.leased_rows + log.committed_rows for log in logs)
+            + ledger.leased_rows
+            + sum(ledger.committed_rows)
             + ledger.truncated_rows
         )
+        assert ledger.leased_rows >= 0
         assert all(log.leased_rows >= 0 for log in logs)
-        assert ledger.leased_bytes == sum(log.leased_bytes for log in logs)
+        fellows = [logs[i : i + self.replicas] for i in range(0, len(logs), self.replicas)]
+        assert ledger.leased_bytes == sum(max(log.leased_bytes for log in of) for of in fellows)
+        for of, committed in zip(fellows, ledger.committed_rows, strict=True):
+            assert all(log.left or log.committed_rows >= committed for log in of), "by all"
 
     @invariant()
     def nothing_waits_beyond_the_budget_and_one_block(self) -> None:
@@ -316,8 +342,16 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_row_goes_to_two_splits(self) -> None:
-        seen = [row for rows in self.delivered for row in rows if not row[-1]]
-        assert len(seen) == len(set(seen))
+        for replica in range(self.replicas):
+            share = self.delivered[replica :: self.replicas]
+            seen = [row for rows in share for row in rows if not row[-1]]
+            assert len(seen) == len(set(seen))
+
+    @invariant()
+    def replicas_of_a_split_get_the_same(self) -> None:
+        for reader, leases in enumerate(self.leases):
+            first = self.leases[reader - reader % self.replicas]
+            assert all(mine == its for mine, its in zip(leases, first, strict=False))
 
     @invariant()
     def equal_ends_are_equal(self) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from asyncsplit.core.liveness import Liveness
+from asyncsplit.core.liveness import Liveness, lost_error
 
 
 def test_a_silent_split_is_lost_after_the_barrier_timeout() -> None:
@@ -65,3 +65,10 @@ def test_slow_splits_are_not_worth_a_warning() -> None:
     liveness.hear(1, 39)
     assert liveness.warning([1], since=0, now=40) is None
     assert liveness.warning([1, 2], since=0, now=41) == "split 2 has not been heard of for 41 s"
+
+
+def test_a_replica_is_named_with_its_split() -> None:
+    liveness = Liveness(barrier_timeout_s=None, rejoin_timeout_s=None, replicas=2)
+    warning = liveness.warning([7], since=0, now=30)
+    assert warning == "replica 1 of split 3 has not been heard of for 30 s"
+    assert "replica 1 of split 3 died" in str(lost_error(0, {7: "died"}, 2))

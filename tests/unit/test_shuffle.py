@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncsplit.core import shuffle
-from asyncsplit.core.shuffle import ShufflePlan
+from asyncsplit.core.shuffle import ShuffleKey, ShufflePlan, shared_key
+from asyncsplit.errors import StateMismatchError
 from tests.profiles import FEWER
 
 counts_of_rows = st.lists(st.integers(0, 40), max_size=30)
@@ -186,3 +187,16 @@ def test_rows_travel_as_far_as_the_buffer_allows() -> None:
     assert np.abs(away).mean() > 2500
     neighbours = np.abs(np.diff(rows))
     assert np.median(neighbours) > 1000
+
+
+def test_replicas_draw_from_what_was_begun_or_first_asked_for() -> None:
+    one, two = ShuffleKey(10, 5, 1), ShuffleKey(10, 5, 2)
+    assert shared_key(0, [], [one, two]) == one
+    assert shared_key(0, [None, two], [one, one]) == two
+    assert shared_key(0, [None], [None, None]) is None
+    assert shared_key(0, [], []) is None, "nobody is left of a split"
+    for other in (None, ShuffleKey(11, 5, 1), ShuffleKey(10, 6, 1)):
+        with pytest.raises(ValueError, match="=10 and batch_size=5, and for local_shuffle"):
+            shared_key(0, [], [one, other])
+    with pytest.raises(StateMismatchError, match="replicas of split 3 resume from states of diff"):
+        shared_key(3, [one, two], [one, one])

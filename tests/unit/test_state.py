@@ -36,6 +36,14 @@ def test_the_states_of_another_number_of_splits_are_what_is_left_for_all() -> No
     assert position_from(between, 2, 3) == Position(3, saved=True), "nothing is left out"
 
 
+def test_the_states_of_replicas_count_once_if_they_agree() -> None:
+    first, second = states(Position(3, 10, 5), Position(3, 20, 6))
+    assert position_from([first, first, second, second], 1, 2) == Position(3, 20, 6, saved=True)
+    behind = {**first, "rows": 8}
+    with pytest.raises(StateMismatchError, match="all replicas, saved at the same step"):
+        position_from([first, behind, second, second], 1, 2)
+
+
 def test_a_shuffled_state_comes_back() -> None:
     shuffled = Position(3, 120, 77, shuffle=ShuffleKey(100, 10, 2**63 - 1), low=2)
     state = json.loads(json.dumps(state_of(shuffled, 0, 1)))

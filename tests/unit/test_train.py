@@ -21,8 +21,10 @@ class Rank(NamedTuple):
         return self.rank
 
 
-def iterator(split: int, n: int, position: Position | None = None) -> AsyncDataIterator:
-    it = AsyncDataIterator(cast("Any", None), split, n)
+def iterator(
+    split: int, n: int, position: Position | None = None, *, replica: int = 0, replicas: int = 1
+) -> AsyncDataIterator:
+    it = AsyncDataIterator(cast("Any", None), split, n, replica=replica, replicas=replicas)
     it._consumer.position = position
     return it
 
@@ -74,6 +76,24 @@ def test_ranks_go_on_where_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyP
         it = iterator(split, 2)
         assert load_state(tmp_path, it) == position.epoch
         assert it.state_dict()["rows"] == position.rows
+
+
+def test_ranks_that_share_a_split_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    its = [
+        iterator(split, 2, Position(2, 30, 7), replica=replica, replicas=2)
+        for split in range(2)
+        for replica in range(2)
+    ]
+    save(tmp_path, its, monkeypatch)
+    for split, replica in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        it = iterator(split, 2, replica=replica, replicas=2)
+        assert load_state(tmp_path, it) == 2
+        assert it.state_dict()["rows"] == 30
+    save(tmp_path, [*its[:3], iterator(1, 2, Position(2, 40, 7), replica=1)], monkeypatch)
+    with pytest.raises(StateMismatchError, match="of all replicas, saved at the same step"):
+        load_state(tmp_path, iterator(0, 2))
 
 
 def test_more_ranks_share_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
