@@ -3,7 +3,8 @@
 Four workers train for three epochs, with equal shares. The one of split 2 is slow. The schema is
 asked for when an epoch has begun, and in the middle of it the dataset stops for a while. In the
 second epoch the worker of split 1 is killed and replaced, and it comes late to the third. The
-coordinator announces itself in DIR, for a Prometheus that scrapes once a second.
+coordinator announces itself in DIR, for a Prometheus that scrapes once a second: see
+`dashboards.preview`.
 """
 
 import asyncio

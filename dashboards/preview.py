@@ -1,18 +1,19 @@
-"""``python -m dashboards.preview PROMETHEUS`` draws the dashboards, without Grafana.
+"""``python -m dashboards.preview`` draws the dashboards, without Grafana.
 
-It runs the queries of the dashboards' JSON on a Prometheus that has watched a job, and draws each
-panel with matplotlib into ``dashboards/preview``. Layout, titles, units and thresholds are those of
-the JSON; how Grafana would draw it is not known here.
-
-Those that are kept were made so: `asyncsplit dashboards export` with a `--discovery-dir`, intervals
-of 1s in its `prometheus.yml`, a Prometheus with that, `python -m dashboards.job` with the same
-directory, and this with `--ago` so that it ends while the job runs.
+It runs `dashboards.job` with a Prometheus that looks on, for two minutes; or, given the address of
+one, asks that. It runs the queries of the dashboards' JSON, and draws each panel with matplotlib
+into ``dashboards/preview``. Layout, titles, units and thresholds are those of the JSON; how Grafana
+would draw it is not known here.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
+import subprocess
+import sys
+import tempfile
 import textwrap
 import time
 import urllib.parse
@@ -25,9 +26,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
+from asyncsplit.demo import prometheus
+from asyncsplit.telemetry.export import export, files
 from dashboards.build import FILES
 
 PREVIEW = Path(__file__).parent / "preview"
+
+BEFORE_THE_END_S = 10.0
+"""The previews end so long before the job does, or stats of the present would be empty."""
 
 _STEPS = 120
 _RED = "#c4162a"
@@ -253,15 +259,47 @@ def write(source: Source) -> list[Path]:
     return written
 
 
+@contextlib.contextmanager
+def recorded() -> Iterator[Source]:
+    """Run the job with a Prometheus of our own; yields what that has seen, but for the end.
+
+    Raises:
+        OSError: If there is no Prometheus on this machine.
+    """
+    program = prometheus.installed()
+    if program is None:
+        raise OSError("there is no prometheus on the PATH: apt-get install prometheus")
+    with tempfile.TemporaryDirectory(prefix="asyncsplit-preview-") as name:
+        folder, found = Path(name), Path(name, "found")
+        found.mkdir()
+        content = {
+            path: text.replace("interval: 15s", "interval: 1s")
+            for path, text in files("runbook.md", str(found)).items()
+            if path.startswith("prometheus/")
+        }
+        export(folder, content, force=False)
+        config = folder / "prometheus/prometheus.yml"
+        with prometheus.running(program, config, folder / "data") as api:
+            subprocess.run([sys.executable, "-m", "dashboards.job", str(found)], check=True)
+            scraped = "timestamp(asyncsplit_splits)[10m:1s]"
+            ((_, first),) = api.vector(f"min_over_time({scraped})")
+            ((_, last),) = api.vector(f"max_over_time({scraped})")
+            yield Source(api.url, last - BEFORE_THE_END_S, last - BEFORE_THE_END_S - first)
+
+
 def main() -> None:
-    """Draw what a Prometheus has seen in the latest seconds."""
+    """Draw what a Prometheus has seen."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prometheus", help="such as http://localhost:9090")
+    parser.add_argument("prometheus", nargs="?", help="such as http://localhost:9090")
     parser.add_argument("--seconds", type=float, default=120, help="default: %(default)s")
     parser.add_argument("--ago", type=float, default=0, help="seconds; default: now")
     args = parser.parse_args()
-    end = time.time() - args.ago
-    print(*write(Source(args.prometheus, end, args.seconds)), sep="\n")
+    source: contextlib.AbstractContextManager[Source] = recorded()
+    if args.prometheus is not None:
+        end = time.time() - args.ago
+        source = contextlib.nullcontext(Source(args.prometheus, end, args.seconds))
+    with source as seen:
+        print(*write(seen), sep="\n")
 
 
 if __name__ == "__main__":
