@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 from ray import ObjectRef
 
 from asyncsplit.core.budget import prefetch_budget
-from asyncsplit.core.epochs import AHEAD_AFTER_S, Epochs, Noted, Phase, Stream
+from asyncsplit.core.epochs import Epochs, Noted, Phase, Stream
 from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
 from asyncsplit.core.liveness import Liveness, lost_error
 from asyncsplit.core.progress import Progress
@@ -256,8 +256,7 @@ class EpochRunner:
             if not self._openings[split].done():
                 self._openings[split].set_result(self._started[split])
         if distribution.ledger.finished:
-            later = asyncio.get_running_loop().call_later
-            later(AHEAD_AFTER_S, self._distribution_ended, distribution)
+            self._start_next()
         self._end_if_all_left()
 
     def _start_at(self, split: int) -> Started:
@@ -464,7 +463,6 @@ class EpochRunner:
             self._stopping = self._spawn(self._guard.stop(join, self._drop_next()))
         elif self._next is None:
             self._spawn(self._guard.stop(join))
-            self._start_next()
         self._open_if_ready()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -21,10 +21,6 @@ KEPT = 8
 """How many consumers of each split are remembered that have died or closed a stream, the latest:
 of earlier ones, no message is on its way any more."""
 
-AHEAD_AFTER_S = 0.02
-"""How long the start of the next executor, which keeps this process busy for as long, gives way to
-consumers who get their first batches."""
-
 
 class Stream(NamedTuple):
     """One iteration over one split: the consumer and which of its iterations it is.
