@@ -44,8 +44,14 @@ Fit = Callable[..., Log]
 
 
 @pytest.fixture(scope="module")
-def fit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fit]:
-    """Return a function that trains, and sees to it that nothing is left of the run."""
+def store_bytes(ray_cluster: None) -> float:
+    """Return how much of the object store was free before anybody trained."""
+    return float(ray.available_resources()["object_store_memory"])
+
+
+@pytest.fixture(scope="module")
+def fit(store_bytes: float, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fit]:
+    """Return a function that trains."""
 
     def fit(
         train: Callable[[dict[str, Any]], None],
@@ -55,7 +61,6 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fit]:
         **config: Any,
     ) -> Log:
         log = Log(tmp_path_factory.mktemp("train"))
-        free = ray.available_resources()["object_store_memory"]
         data_config = AsyncDataConfig(
             execution_options=ExecutionOptions(preserve_order=True), sync=train is train_sync
         )
@@ -74,15 +79,6 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fit]:
         else:
             saved = trainer.fit().best_checkpoints or []
             log.checkpoints = {metrics["step"]: checkpoint for checkpoint, metrics in saved}
-        del trainer
-
-        async def nothing_left() -> bool:
-            # Ray's controller stays until the next run or the end of the process, and keeps some.
-            held = free - ray.available_resources().get("object_store_memory", 0)
-            return held < BLOCK_BYTES and not any(map(runs, log.coordinators()))
-
-        if workers:  # else all is in this process, and Ray keeps the dataset
-            asyncio.run(eventually(nothing_left, 60))
         return log
 
     handler = signal.getsignal(signal.SIGINT)
@@ -131,13 +127,6 @@ def test_each_row_comes_once_and_all_ranks_have_the_same_number_of_batches(
     assert steps[0][-1].loss < steps[0][0].loss / 2
 
 
-def test_ctrl_c_in_an_epoch_leaves_nothing(uninterrupted: Log) -> None:
-    """What is left is looked for as after each run."""
-    assert uninterrupted.stopped.exists()
-    assert uninterrupted.steps(1)[-1].epoch == EPOCHS, "in the middle of one more"
-    assert not any(map(runs, uninterrupted.coordinators()))
-
-
 @pytest.fixture(scope="module")
 def killed(fit: Fit) -> Log:
     """With iterators for code that knows no event loop."""
@@ -158,6 +147,21 @@ def test_a_killed_group_goes_on_in_the_middle_of_the_epoch_as_if_nothing_had_bee
         assert numbers == [*range(1, KILLED_AT + 1), *again]
         expected = uninterrupted.steps(rank)
         assert steps == [expected[number - 1] for number in numbers], "rows and losses alike"
+
+
+def test_nothing_is_left_of_a_run_that_was_restarted_or_aborted_in_an_epoch(
+    uninterrupted: Log, killed: Log, store_bytes: float
+) -> None:
+    assert uninterrupted.steps(1)[-1].epoch == EPOCHS, "aborted in the middle of one more"
+    coordinators = uninterrupted.coordinators() + killed.coordinators()
+    assert len(coordinators) == 3, "one for each group"
+
+    async def nothing_left() -> bool:
+        # Ray's controller stays until the next run or the end of the process, and keeps some.
+        held = store_bytes - ray.available_resources().get("object_store_memory", 0)
+        return held < BLOCK_BYTES and not any(map(runs, coordinators))
+
+    asyncio.run(eventually(nothing_left, 60))
 
 
 def test_another_number_of_ranks_shares_what_is_left_and_one_needs_no_workers(
