@@ -158,7 +158,7 @@ class EpochRunner:
                 self._journal.take_over(split, stream, self._position(split))
             return self._started[split]
         if takes_over:
-            self.distribution.ledger.logs[split].forget_begun()
+            self.distribution.ledger.rewind(split, shuffle)
         if split not in self._openings or self._openings[split].done():
             self._openings[split] = asyncio.get_running_loop().create_future()
             self._arrived_at[split] = self.tick()

@@ -250,14 +250,17 @@ class SplitLog:
 
         If it shuffles as the one before did, it can draw the same order and go on in it. Else,
         after one that shuffled, it begins at the oldest lease held, with committed rows in it:
-        which those are is known only in that order.
+        which those are is known only in that order. What of the leases before is still to be
+        produced again comes again, too.
         """
         self.forget_begun()
         if self.shuffle is None or shuffle is None or not self.shuffle.is_like(shuffle):
-            if self._shuffled:
+            if self._shuffled or self._resume.shuffle is not None:
                 self.committed_rows = self._first_row
+                self._resume = Position(self._resume.epoch, earlier=self._resume.earlier)
+                self._verified = True
             self._shuffled = False
-            self.shuffle = None if self.committed_rows else shuffle
+            self.shuffle = None if self.committed_rows or self._resume.rows else shuffle
 
     def forget_begun(self) -> None:
         """Note that whoever reads the split now has begun nothing of it.

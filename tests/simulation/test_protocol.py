@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
@@ -26,6 +26,7 @@ from asyncsplit.core.ledger import FINISHED, Position, fingerprint
 from asyncsplit.core.progress import Progress
 from asyncsplit.core.readers import readers_of
 from asyncsplit.core.routing import Equal
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.core.state import position_from, state_of
 from asyncsplit.engine import Block, Bundle
 from asyncsplit.errors import (
@@ -1026,6 +1027,41 @@ def test_a_loop_cancelled_as_its_epoch_begins_loses_nothing(overtaken: bool) -> 
         assert job.whole() == {0}
     finally:
         machine.teardown()
+
+
+def test_who_shuffles_otherwise_while_a_restarted_coordinator_starts_begins_anew() -> None:
+    """In the order of the one before, its rows would be others: some would be lost."""
+    machine = ProtocolMachine()
+    machine.start(n=1, mode=(False, "rows", True), sizes=[5] * 5, budget=1000)
+    job, coordinator = machine.job, machine.job.coordinator
+    before, other = ShuffleKey(20, 5, 1), ShuffleKey(40, 5, 1)
+    stood = Position(0, 10, fingerprint(0, 5), 3, shuffle=before, low=1)
+
+    def arrive(
+        reader: Reader, position: Position | None, key: ShuffleKey
+    ) -> "asyncio.Future[Started | Failure]":
+        stream, lifeline = Stream(reader.name, 1), cast("Any", Lifeline(reader))
+        arriving = asyncio.ensure_future(
+            coordinator.start_epoch(0, stream, [lifeline], position, key, 0, COUNTERS),
+            loop=job.loop,
+        )
+        job.loop.run_until_complete(asyncio.sleep(AT_ONCE_S))
+        return arriving
+
+    try:
+        first = job.readers[0]
+        arrive(first, stood, before)
+        assert coordinator._runner.epochs.phase is Phase.STARTING
+        death = coordinator.report_death(0, Stream(first.name, 1))
+        job.loop.run_until_complete(death)
+        arriving = arrive(job.spawn(0), None, other)
+        job.loop.run_until_complete(arriving)
+        started = arriving.result()
+        assert isinstance(started, Started)
+        assert started.position == Position(0, shuffle=other)
+    finally:
+        machine.job.close()
+        machine.fakes.close()
 
 
 # Many runs in one: the bound of a single test would be too short for the longer profiles, and

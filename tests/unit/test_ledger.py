@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from asyncsplit.core.ledger import FINISHED, Ledger, Position, SplitLog, fingerprint
 from asyncsplit.core.routing import Equal, Part, make_router
+from asyncsplit.core.shuffle import ShuffleKey
 
 BUDGET = 400
 SHARES = (1.0, 0.6, 0.3, 0.0)
@@ -114,6 +115,46 @@ def test_rows_of_a_split_that_left_do_not_stop_the_others() -> None:
     assert ledger.logs[1].committed_rows == 100
     ledger.leave(1)
     assert ledger.credit() == 0
+
+
+@pytest.mark.parametrize("produced", range(4))
+def test_who_shuffles_otherwise_begins_before_all_unfinished_rows_also_after_a_restart(
+    produced: int,
+) -> None:
+    """However much of what was finished had been produced again when it came."""
+    before, other = ShuffleKey(20, 5, 1), ShuffleKey(40, 5, 1)
+    log = SplitLog(0, Position(3, 10, fingerprint(0, 5), 3, shuffle=before, low=1))
+    parts = [Part(object(), 0, 5, 10) for _ in range(5)]
+    for part in parts[:produced]:
+        log.append(part)
+    log.rewind(other)
+    began = log.position
+    for part in parts[produced:]:
+        log.append(part)
+    log.finish()
+    skipped = min(produced, 1)
+    assert log.first_seq == skipped
+    assert began == log.position
+    assert began[:3] == (3, 5 * skipped, fingerprint(0, 5) if skipped else 0)
+    assert began.shuffle == (None if skipped else other)
+    assert log.skip_rows == 0
+    assert log.waiting_bytes == log.leased_bytes == 10 * (5 - skipped)
+
+
+def test_a_position_in_one_order_says_nothing_in_another() -> None:
+    before, other = ShuffleKey(20, 5, 1), ShuffleKey(40, 5, 1)
+    shuffled, in_order = Position(3, 10, 7, shuffle=before, low=1), Position(3, 10, 7)
+    assert shuffled.under(ShuffleKey(20, 5, 2)) == shuffled
+    assert shuffled.under(other) == shuffled.under(None) == Position(3)
+    assert in_order.under(other) == in_order
+
+
+def test_who_begins_to_shuffle_in_the_middle_has_no_order_of_the_whole_split() -> None:
+    log = SplitLog(0, Position(3, 5, fingerprint(0, 5)))
+    log.rewind(ShuffleKey(20, 5, 1))
+    assert log.shuffle is None
+    log.append(Part(object(), 0, 5, 10))
+    assert log.position == Position(3, 5, fingerprint(0, 5))
 
 
 def test_the_slowest_replica_bounds_the_lead_of_the_others_until_it_leaves() -> None:
