@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from asyncsplit.core.epochs import Stream
-from asyncsplit.core.ledger import Position
+from asyncsplit.core.position import Position
 from asyncsplit.errors import ConsumerConflictError
 from asyncsplit.remote import Coordinator
 from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes

@@ -16,7 +16,7 @@ from ray.data import DataContext, Dataset, Schema
 
 from asyncsplit import engine
 from asyncsplit.core.epochs import Stream
-from asyncsplit.core.ledger import Position
+from asyncsplit.core.position import Position
 from asyncsplit.core.progress import Progress
 from asyncsplit.core.routing import Equal
 from asyncsplit.core.shuffle import ShuffleKey

@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from asyncsplit import engine
-from asyncsplit.core.ledger import Ledger, SplitLog
+from asyncsplit.core.leases import SplitLog
+from asyncsplit.core.ledger import Ledger
 from asyncsplit.core.progress import Progress
 from asyncsplit.core.replay import Replay
 from asyncsplit.core.routing import Part

@@ -21,7 +21,7 @@ from asyncsplit import engine
 from asyncsplit.collate import Collated, Converted
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
-from asyncsplit.core.ledger import Position
+from asyncsplit.core.position import Position
 from asyncsplit.core.progress import Progress, Reading
 from asyncsplit.pipeline import Pipeline
 from asyncsplit.remote import Reply, ask, opened

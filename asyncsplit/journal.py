@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from asyncsplit.core.epochs import Noted, Stream
-from asyncsplit.core.ledger import Past, Position
+from asyncsplit.core.position import Past, Position
 from asyncsplit.core.shuffle import ShuffleKey
 
 logger = logging.getLogger(__name__)

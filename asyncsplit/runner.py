@@ -15,8 +15,9 @@ from ray import ObjectRef
 
 from asyncsplit.core.budget import prefetch_budget
 from asyncsplit.core.epochs import Epochs, Noted, Phase, Stream
-from asyncsplit.core.ledger import FINISHED, Ledger, Past, Position
+from asyncsplit.core.ledger import Ledger
 from asyncsplit.core.liveness import Liveness, lost_error
+from asyncsplit.core.position import FINISHED, Past, Position
 from asyncsplit.core.progress import Progress
 from asyncsplit.core.readers import reader_name, reader_names, readers_of
 from asyncsplit.core.replay import Replay, read_before

@@ -18,7 +18,7 @@ from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
 
 from asyncsplit.collate import Collated, Converted
 from asyncsplit.consumer import Consumer
-from asyncsplit.core.ledger import Position
+from asyncsplit.core.position import Position
 from asyncsplit.core.state import check_shuffle
 from asyncsplit.errors import ConsumerConflictError, StreamClosedError
 from asyncsplit.feed import Feed

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from ray import ObjectRef
 
-from asyncsplit.core.ledger import Position
+from asyncsplit.core.position import Position
 from asyncsplit.remote_errors import pack_error, unpack_error
 
 P = ParamSpec("P")

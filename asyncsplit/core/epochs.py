@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-from asyncsplit.core.ledger import FINISHED, Position
+from asyncsplit.core.position import FINISHED, Position
 from asyncsplit.core.readers import reader_name
 from asyncsplit.errors import (
     ConsumerConflictError,

@@ -3,7 +3,7 @@
 from collections import deque
 from typing import NamedTuple
 
-from asyncsplit.core.ledger import Position, fingerprint
+from asyncsplit.core.position import Position, fingerprint
 from asyncsplit.core.shuffle import ShuffleKey
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from asyncsplit.core.ledger import FINISHED, Past, Position, SplitLog
+from asyncsplit.core.leases import SplitLog
+from asyncsplit.core.position import FINISHED, Past, Position
 from asyncsplit.core.readers import reader_names
 from asyncsplit.core.routing import Equal, Part, make_router
 from asyncsplit.errors import CoordinatorLostError, StateMismatchError

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from asyncsplit.core.ledger import FINISHED, Past, Position
+from asyncsplit.core.position import FINISHED, Past, Position
 from asyncsplit.core.shuffle import ShuffleKey, sizes
 from asyncsplit.errors import StateMismatchError
 

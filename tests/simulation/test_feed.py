@@ -8,7 +8,7 @@ import pytest
 
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
-from asyncsplit.core.ledger import Position, fingerprint
+from asyncsplit.core.position import Position, fingerprint
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.feed import Feed
 from asyncsplit.pipeline import Pipeline

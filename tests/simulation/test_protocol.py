@@ -22,7 +22,7 @@ from ray.exceptions import OwnerDiedError
 
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import KEPT, Phase, Stream
-from asyncsplit.core.ledger import FINISHED, Position, fingerprint
+from asyncsplit.core.position import FINISHED, Position, fingerprint
 from asyncsplit.core.progress import Progress
 from asyncsplit.core.readers import readers_of
 from asyncsplit.core.routing import Equal

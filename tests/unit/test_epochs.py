@@ -3,7 +3,7 @@
 import pytest
 
 from asyncsplit.core.epochs import Epochs, Noted, Phase, Stream
-from asyncsplit.core.ledger import FINISHED, Past, Position
+from asyncsplit.core.position import FINISHED, Past, Position
 from asyncsplit.core.replay import read_before
 from asyncsplit.errors import (
     ConsumerConflictError,

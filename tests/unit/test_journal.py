@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from asyncsplit.core.epochs import Noted, Stream
-from asyncsplit.core.ledger import Past, Position
+from asyncsplit.core.position import Past, Position
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.journal import Journal
 

@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from asyncsplit.core.ledger import FINISHED, Ledger, Position, SplitLog, fingerprint
+from asyncsplit.core.leases import SplitLog
+from asyncsplit.core.ledger import Ledger
+from asyncsplit.core.position import FINISHED, Position, fingerprint
 from asyncsplit.core.routing import Equal, Part, make_router
 from asyncsplit.core.shuffle import ShuffleKey
 

@@ -5,7 +5,8 @@ from itertools import accumulate
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asyncsplit.core.ledger import Past, Position, SplitLog, fingerprint
+from asyncsplit.core.leases import SplitLog
+from asyncsplit.core.position import Past, Position, fingerprint
 from asyncsplit.core.progress import Progress, Reading
 from asyncsplit.core.routing import Part
 from asyncsplit.core.shuffle import ShuffleKey

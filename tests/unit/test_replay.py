@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncsplit import CoordinatorLostError, StateMismatchError
-from asyncsplit.core.ledger import FINISHED, Past, Position, fingerprint
+from asyncsplit.core.position import FINISHED, Past, Position, fingerprint
 from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import Equal, Part, make_router
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asyncsplit import StateMismatchError
-from asyncsplit.core.ledger import FINISHED, Past, Position
+from asyncsplit.core.position import FINISHED, Past, Position
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.core.state import check_shuffle, position_from, state_of
 

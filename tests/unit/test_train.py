@@ -10,7 +10,7 @@ from ray import cloudpickle
 from ray.data import ExecutionOptions
 
 from asyncsplit import AsyncDataIterator, SplitOptions, StateMismatchError
-from asyncsplit.core.ledger import Position
+from asyncsplit.core.position import Position
 from asyncsplit.train import AsyncDataConfig, load_state, save_state
 
 
