@@ -93,6 +93,7 @@ $(VENV_LOWEST)/.installed: $(VENV_LOWEST).txt
 $(VENV)/.installed $(VENV_LOWEST)/.installed $(VENV_RAY_METRICS)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { \
 		echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Installing into $(@D), which takes some minutes"
 	"$(PYTHON)" -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(PACKAGES)
 	@touch $@

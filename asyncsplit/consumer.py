@@ -60,6 +60,8 @@ class Consumer:
         """Where its next stream is to begin, if it has had one or a state was loaded."""
         self.streams = 0
         """How many streams it has had."""
+        self.was_sent = False
+        """Whether its iterator was pickled: then others may read the split in its place."""
         self.tracing = tracing
         """How spans are recorded; None if they are not."""
         self._tracer: Future[Tracer | None] | None = None

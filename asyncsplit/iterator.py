@@ -1,6 +1,7 @@
 """AsyncDataIterator: what a worker holds of a split."""
 
 import asyncio
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -49,11 +50,16 @@ class AsyncDataIterator(Batches):
         self._world_size = world_size
 
     def __reduce__(self) -> tuple[Callable[[bytes], "AsyncDataIterator"], tuple[bytes]]:
-        """Pickle into one byte string, so that its size is known where it is made."""
+        """Pickle into one byte string, so that its size is known where it is made.
+
+        A state that was loaded goes along; what was read does not: a copy is another consumer.
+        """
         consumer = self._consumer
+        consumer.was_sent = True
         parts = (
             *(consumer.coordinator, consumer.split, self._world_size),
             *(consumer.tracing, consumer.replica, consumer.replicas),
+            None if consumer.streams else consumer.position,
         )
         return _restore, (cloudpickle.dumps(parts),)
 
@@ -97,12 +103,21 @@ class AsyncDataIterator(Batches):
     def state_dict(self, *, batch_finished: bool = False) -> dict[str, Any]:
         """Return where the training loop stands: a few integers, JSON-serialisable, at once.
 
-        The batch in hand is not counted: it is finished when the next one is asked for.
+        The batch in hand is not counted: it is finished when the next one is asked for. Call it in
+        the process that iterates: it says where this object stands, and copies made by sending
+        are consumers of their own.
 
         Args:
             batch_finished: The batch in hand is finished now: the step with it is done, and
                 what is saved along with the state has it in.
         """
+        if self._consumer.was_sent and not self._consumer.streams:
+            warnings.warn(
+                f"split {self.split_index} was sent elsewhere and is not iterated here: this state"
+                " says nothing of what the copies read. Call state_dict() where they iterate",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         where = self._consumer.where(batch_finished=batch_finished)
         return state_of(where, self.split_index, self._world_size)
 
@@ -126,6 +141,13 @@ class AsyncDataIterator(Batches):
         if self._consumer.streams:
             raise StateMismatchError(
                 f"split {self.split_index} has been iterated already: load the state before"
+            )
+        if self._consumer.was_sent:
+            warnings.warn(
+                f"split {self.split_index} was sent elsewhere before this state was loaded: the"
+                " copies do not have it. Load it first, or where they iterate",
+                RuntimeWarning,
+                stacklevel=2,
             )
         self._consumer.position = position_from(state, self.split_index, self._world_size)
 
@@ -193,13 +215,9 @@ class AsyncDataIterator(Batches):
 
 
 def _restore(packed: bytes) -> AsyncDataIterator:
-    coordinator, split_index, world_size, tracing, replica, replicas = cloudpickle.loads(packed)
-    return AsyncDataIterator(
-        coordinator,
-        split_index,
-        world_size,
-        len(packed),
-        tracing=tracing,
-        replica=replica,
-        replicas=replicas,
+    coordinator, split, n, tracing, replica, replicas, loaded = cloudpickle.loads(packed)
+    iterator = AsyncDataIterator(
+        coordinator, split, n, len(packed), tracing=tracing, replica=replica, replicas=replicas
     )
+    iterator._consumer.position = loaded
+    return iterator

@@ -380,7 +380,7 @@ class EpochRunner:
                 "%s wait in epoch %d: %s. They give up after barrier_timeout_s=%s, or"
                 " rejoin_timeout_s=%s for a dead consumer",
                 reader_names({*self.epochs.arrived, *pulls}, self._replicas),
-                self.epochs.epoch,
+                self.epochs.epoch + bool(barrier),
                 warning,
                 self._options.barrier_timeout_s,
                 self._options.rejoin_timeout_s,

@@ -97,6 +97,11 @@ class _ToTensors:
             arrays = cast("dict[str, Array]", BlockAccessor.for_block(batch).to_numpy())
         dtypes = self._dtypes
         if isinstance(dtypes, dict):
+            if missing := arrays.keys() - dtypes.keys():
+                raise ValueError(
+                    f"dtypes has none for columns {sorted(missing)}: give each of"
+                    f" {sorted(arrays)} one, or one dtype for all"
+                )
             return {name: _tensor(array, dtypes[name]) for name, array in arrays.items()}
         return {name: _tensor(array, dtypes) for name, array in arrays.items()}
 

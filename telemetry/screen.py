@@ -92,7 +92,9 @@ def _head(now: Present) -> Iterator[tuple[str, _Part]]:
     else:
         since = f" for {age(now.epoch_s)}" if now.epoch_s else ""
         ended = ", ".join(f"{count:.0f} {outcome}" for outcome, count in now.epochs.items())
-        yield "epoch", f"{now.epoch}, {now.phase}{since}; {ended}"
+        over = now.phase == "waiting" and not now.missing_count
+        phase = "nobody waits for the next one" if over else f"{now.phase}{since}"
+        yield "epoch", f"{now.epoch}, {phase}; {ended}"
     yield "rows", ", ".join(f"{count:,.0f} {state}" for state, count in now.epoch_rows.items())
     yield (
         "speed",

@@ -23,7 +23,7 @@ _COUNTED = (
     ("asyncsplit_consumers_lost_total", "", "consumers were given up"),
     ("asyncsplit_consumer_conflicts_total", "", "consumers found their split taken"),
     ("asyncsplit_rejoins_total", "reason", "consumers went on in the middle of an epoch"),
-    ("asyncsplit_redelivered_rows_total", "", "rows were sent again"),
+    ("asyncsplit_redelivered_rows_total", "", "rows that were not committed went to a replacement"),
     ("asyncsplit_guard_rejections_total", "operation", "calls were rejected by the guard"),
     ("asyncsplit_epochs_total", "outcome", "epochs ended"),
 )

@@ -75,6 +75,8 @@ class Epochs:
     """What to go on with, of a coordinator that died in the middle of an epoch."""
     replicas: int = 1
     """How many readers each split has."""
+    loaded: dict[int, Position] = field(default_factory=dict)
+    """The saved positions that this run began with."""
     _closed: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def recover(self, noted: Noted) -> None:
@@ -137,6 +139,7 @@ class Epochs:
             and (self.epoch >= 0 or self.noted is not None)
             and not (stream == holder or is_reader)
             and position[:2] != (self.epoch + 1, 0)
+            and position != self.loaded.get(split)
         ):
             raise StateMismatchError(
                 f"{name} cannot resume in epoch {position.epoch}: the split is at epoch"
@@ -147,6 +150,12 @@ class Epochs:
             raise StreamClosedError(
                 f"this stream over {name} was closed while it waited for its epoch"
             )
+        if position and position.saved:
+            if position == self.loaded.get(split) and self.epoch >= 0 and stream != holder:
+                # Whoever is restarted loads again what the run began with; it has got further.
+                position = None
+            else:
+                self.loaded[split] = position
         if holder and holder.consumer != stream.consumer:
             if holder.consumer not in self.dead:
                 raise ConsumerConflictError(

@@ -5,6 +5,7 @@ own batch, all workers average their gradients, and so all of them keep the same
 """
 
 import asyncio
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -150,7 +151,8 @@ async def run(
     url = await splits[0].metrics_url()
     if url is None:
         raise OSError("the coordinator could not open a port for its metrics")
-    say(f"metrics at {url} while this runs; to watch: asyncsplit top, in another terminal")
+    say(f"metrics at {url} while this runs; to watch, in another terminal:")
+    say(f"{sys.executable} -m asyncsplit top")
     if observed is not None:
         await observed.begin(url, plan.workers)
         say(f"Prometheus at {observed.url} scrapes them once a second")

@@ -430,6 +430,24 @@ async def test_another_dataset_is_refused(other: dict[str, Any]) -> None:
         await read(again)
 
 
+async def test_a_state_goes_along_to_where_the_split_is_read(start: Any) -> None:
+    """Also again, when whoever reads it is restarted with what it was given."""
+    (it,) = asyncsplit.streaming_split(dataset(), 1)
+    begin, state = await stop_at(it, 300)
+    (again,) = asyncsplit.streaming_split(dataset(), 1)
+    again.load_state_dict(state)
+    first = start(again, prefetch_batches=0)
+    ids = [*await first.next.remote(), *await first.next.remote()]
+    with pytest.warns(RuntimeWarning, match="says nothing of what the copies read"):
+        assert again.state_dict() == state
+    with pytest.warns(RuntimeWarning, match="the copies do not have it"):
+        again.load_state_dict(state)
+    os.kill(await first.pid.remote(), signal.SIGKILL)
+    rest = await start(again).rest.remote()
+    assert begin + ids[: rest[0] - len(begin)] + rest == list(range(1000))
+    assert rest[0] <= len(begin) + 10, "its second batch was not committed"
+
+
 async def test_states_of_some_splits_only_are_refused() -> None:
     its = asyncsplit.streaming_split(dataset(), 2)
     stopped = await asyncio.gather(stop_at(its[0], 90), stop_at(its[1], 90))

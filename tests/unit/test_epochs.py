@@ -268,6 +268,8 @@ def test_a_saved_position_waits_for_the_next_epoch_again_after_an_error() -> Non
     epochs.arrive(0, A2, Position(1, saved=True))
     assert epochs.arrived == {0: A2}
     with pytest.raises(StateMismatchError, match="the split is at epoch 0 already"):
+        epochs.arrive(1, Stream("c", 1), Position(0, rows=4, saved=True))
+    with pytest.raises(ConsumerConflictError):
         epochs.arrive(1, Stream("c", 1), Position(0, rows=5, saved=True))
 
 
@@ -446,3 +448,18 @@ def test_after_a_restart_too_a_place_left_before_it_was_known_is_kept() -> None:
     epochs.arrive(1, B1, Position(5, rows=20, fed=1))
     epochs.open()
     assert epochs.active == {0: A2, 1: B1}
+
+
+def test_who_is_restarted_and_loads_again_what_the_run_began_with_goes_on() -> None:
+    epochs, began = Epochs(1), Position(2, 100, 7, saved=True)
+    epochs.arrive(0, Stream("a", 1), began)
+    assert epochs.open() == {0: began}
+    epochs.started()
+    epochs.die(0, Stream("a", 1))
+    with pytest.raises(StateMismatchError, match="split 0 cannot resume in epoch 2"):
+        epochs.arrive(0, Stream("b", 1), Position(2, 50, 3, saved=True))
+    assert epochs.arrive(0, Stream("b", 1), began), "it takes the place of the one that died"
+    assert epochs.leave(0, Stream("b", 1))
+    epochs.over()
+    assert not epochs.arrive(0, Stream("c", 1), began)
+    assert epochs.open() == {}, "and in the next epoch it begins at the first row"

@@ -197,7 +197,11 @@ def test_a_collate_fn_gets_and_gives_what_it_does_in_ray_data(
 def test_a_dtype_for_each_column() -> None:
     blocks = TABLES["int64"]()
     compare(blocks, dtypes={"x": torch.float16, "row": torch.int8})
-    compare(blocks, dtypes={"x": torch.float16})
+    stage = torch_recipe(dtypes={"x": torch.float16}).pipeline(ahead=0, batch_size=4)
+    with pytest.raises(
+        ValueError, match=r"none for columns \['row'\]: give each of \['row', 'x'\]"
+    ):
+        list(drain(stage, blocks))
 
 
 def test_pinned_memory_needs_what_it_needs_in_ray_data() -> None:

@@ -161,7 +161,7 @@ def test_warnings_tell_what_has_happened_since_the_scrape_before() -> None:
     state.epochs["completed"] += 1
     state.epochs["failed"] += 1
     assert list(troubles.new(first, scraped(state).samples)) == [
-        "1,200 rows were sent again",
+        "1,200 rows that were not committed went to a replacement",
         "2 calls were rejected by the guard: schema",
         "1 epochs ended: failed",
     ]
