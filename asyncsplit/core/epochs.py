@@ -320,9 +320,13 @@ class Epochs:
         A message about a stream nobody knows is remembered: its arrival may come after it.
         """
         self._close(split, stream)
-        if self.arrived.get(split) == stream:
+        newcomer = self.arrived.get(split)
+        if newcomer == stream:
             del self.arrived[split]
-        if self.noted is not None and self.noted.readers.get(split) == stream:
+        # One that was thought dead before a restart goes, too, and leaves its share to whoever
+        # has come in its place.
+        replaced = newcomer is not None and newcomer.consumer != stream.consumer
+        if self.noted is not None and self.noted.readers.get(split) == stream and not replaced:
             self._reads_no_more(split)
         if self.active.get(split) != stream or split in self.vacant:
             return False

@@ -463,3 +463,13 @@ def test_who_is_restarted_and_loads_again_what_the_run_began_with_goes_on() -> N
     epochs.over()
     assert not epochs.arrive(0, Stream("c", 1), began)
     assert epochs.open() == {}, "and in the next epoch it begins at the first row"
+
+
+def test_after_a_restart_who_finds_itself_replaced_leaves_its_share() -> None:
+    epochs = Epochs(1)
+    epochs.recover(Noted(3, {0: A1}, {0: Position(3, 10, 7)}))
+    epochs.arrive(0, Stream("replacement", 1))
+    with pytest.raises(ConsumerConflictError):
+        epochs.arrive(0, A1, Position(3, 10, 7, fed=2))
+    assert not epochs.leave(0, A1)
+    assert epochs.open() == {0: Position(3, 10, 7)}
