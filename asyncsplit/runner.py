@@ -395,6 +395,8 @@ class EpochRunner:
     def _give_up(self, error: BaseException) -> None:
         """End the epoch under way, and the wait for the next one, for everybody with an error."""
         self._spans.gave_up(self.epochs.epoch + 1, self.epochs.arrived, error)
+        if (noted := self.epochs.abandon()) is not None:
+            self._failed = (noted.epoch, Failure.of(error), tuple(noted.readers.values()))
         for split, stream in tuple(self.epochs.arrived.items()):
             self.epochs.leave(split, stream)
             self.lifelines.release(stream)

@@ -211,6 +211,13 @@ class Epochs:
             self.noted = None
             self.epoch += 1
 
+    def abandon(self) -> Noted | None:
+        """Do not go on with the epoch that a coordinator died in, if there is one; return it."""
+        noted, self.noted = self.noted, None
+        if noted is not None:
+            self.epoch = noted.epoch
+        return noted
+
     def die(self, split: int, stream: Stream) -> bool:
         """Note that a stream's consumer has died; True if that concerns the epoch or its barrier.
 
