@@ -164,6 +164,8 @@ class Epochs:
                     " close the other stream first"
                 )
             if split in self.active:
+                if position and position.has_begun and not position.saved:
+                    raise self._replaced(split, stream)
                 return self._take_over(split, stream)
         elif split in self.vacant:
             return self._take_over(split, stream)
@@ -189,11 +191,7 @@ class Epochs:
         if position.epoch <= self.epoch:
             raise self._over(position.epoch, split)
         if reader is not None and reader.consumer != stream.consumer:
-            raise ConsumerConflictError(
-                f"this consumer ({stream.consumer}) was replaced in"
-                f" {reader_name(split, self.replicas)} before the"
-                " coordinator was restarted: it must not go on. Iterate the split anew"
-            )
+            raise self._replaced(split, stream)
 
     def _take_over(self, split: int, stream: Stream) -> bool:
         self._close(split, self.active[split])
@@ -345,6 +343,13 @@ class Epochs:
         closed[stream.consumer] = max(closed.pop(stream.consumer, 0), stream.number)
         if len(closed) > KEPT:
             del closed[next(iter(closed))]
+
+    def _replaced(self, split: int, stream: Stream) -> ConsumerConflictError:
+        return ConsumerConflictError(
+            f"this consumer ({stream.consumer}) was replaced in"
+            f" {reader_name(split, self.replicas)} before the coordinator was restarted: it must"
+            " not go on. Iterate the split anew"
+        )
 
     def _over(self, epoch: int, split: int) -> StaleEpochError:
         return StaleEpochError(

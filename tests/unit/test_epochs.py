@@ -473,3 +473,11 @@ def test_after_a_restart_who_finds_itself_replaced_leaves_its_share() -> None:
         epochs.arrive(0, A1, Position(3, 10, 7, fed=2))
     assert not epochs.leave(0, A1)
     assert epochs.open() == {0: Position(3, 10, 7)}
+
+
+def test_who_was_replaced_before_a_restart_does_not_replace_its_replacement() -> None:
+    epochs = running()
+    epochs.die(0, A1)
+    with pytest.raises(ConsumerConflictError, match="was replaced in split 0"):
+        epochs.arrive(0, Stream("replaced", 2), Position(0, 4, 7, fed=1))
+    assert epochs.arrive(0, Stream("replaced", 3)), "anew it may"
