@@ -58,6 +58,8 @@ def running(program: str, config: Path, data: Path) -> Iterator["Api"]:
     ) as guard:
         assert guard.stdin is not None
         assert guard.stderr is not None
+        # It would stop one day, with nobody to read what it has to say.
+        rest = threading.Thread(target=deque, args=(guard.stderr, 0), daemon=True)
         try:
             said = []
             for line in guard.stderr:
@@ -67,12 +69,13 @@ def running(program: str, config: Path, data: Path) -> Iterator["Api"]:
             listening = re.search(r'msg="Listening on".* address=(\S+)', "".join(said))
             if listening is None:
                 raise OSError(f"{program} did not start: {''.join(said[-3:])}")
-            # Or it would stop one day, with nobody to read what it has to say.
-            threading.Thread(target=deque, args=(guard.stderr, 0), daemon=True).start()
+            rest.start()
             yield Api(f"http://{listening[1]}")
         finally:
             guard.stdin.close()
             guard.wait()
+            if rest.is_alive():  # until it has read to the end, nobody may close what it reads
+                rest.join()
 
 
 class Api:
