@@ -59,7 +59,7 @@ def test_ctrl_c_ends_the_demo_and_all_of_its_ray_and_prometheus(moment: str) -> 
         _, errors = process.communicate(timeout=60)
 
     assert (process.returncode, errors) == (130, "asyncsplit demo: interrupted\n")
-    assert not survivors(process.pid, within_s=15)
+    assert not survivors(process.pid, within_s=60)
     urls = re.findall(r"^Prometheus at (\S+) ", "".join(said), re.M)
     assert len(urls) == len(observed)
     for url in urls:
