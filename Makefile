@@ -35,11 +35,11 @@ test: venv ## Run every test, with coverage
 test-unit: venv ## Run the tests that need no Ray cluster
 	$(BIN)/python -m pytest tests/unit $(ARGS)
 
-# The examples, the documentation and those of Ray Train are written for the newest.
+# The examples, the documentation, the demo and jobs of Ray Train are for the newest.
 test-lowest: $(VENV_LOWEST)/.installed ## Run the tests on the lowest supported versions, of Ray too
 	$(VENV_LOWEST)/bin/python -m pytest tests/unit tests/integration $(PARALLEL) \
 		--ignore=tests/integration/test_examples.py --ignore=tests/integration/test_docs.py \
-		--ignore=tests/integration/test_train.py $(ARGS)
+		--ignore=tests/integration/test_train.py --ignore=tests/integration/test_demo.py $(ARGS)
 
 # Not in .venv: with ray[default] each start of a Ray takes twice as long.
 test-ray-metrics: $(VENV_RAY_METRICS)/.installed ## Run the test of metrics among Ray's own, which need ray[default]
