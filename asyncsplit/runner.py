@@ -19,10 +19,10 @@ from asyncsplit.core.ledger import Ledger
 from asyncsplit.core.liveness import Liveness, lost_error
 from asyncsplit.core.position import FINISHED, Past, Position
 from asyncsplit.core.progress import Progress
-from asyncsplit.core.readers import reader_name, reader_names, readers_of
+from asyncsplit.core.readers import reader_name, reader_names
 from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import Equal, make_router
-from asyncsplit.core.shuffle import ShuffleKey, shared_key
+from asyncsplit.core.shuffle import ShuffleKey, shared_key, shared_keys
 from asyncsplit.distribution import Distribution
 from asyncsplit.errors import ConsumerConflictError, StaleEpochError, StreamClosedError
 from asyncsplit.guard import Guard
@@ -224,7 +224,9 @@ class EpochRunner:
             )
             distribution.replay(Replay(splits, equal=self._equal) for splits in self._earlier)
             await (prepared.starting if prepared else self._start(distribution, epoch))
-            keys = self._shared_keys(resume)
+            asked = {reader: self._shuffles[reader] for reader in self.epochs.active}
+            begun = {reader: position.shuffle for reader, position in resume.items()}
+            keys = shared_keys(self._replicas, asked, begun)
         except Exception as error:  # the consumers get it, whatever it is
             distribution.error = distribution.error or error
         if distribution.error is not None:
@@ -267,19 +269,6 @@ class EpochRunner:
     def _position(self, split: int) -> Position:
         position = self.distribution.ledger.logs[split].position
         return position._replace(epoch=self.epochs.epoch, earlier=self._earlier)
-
-    def _shared_keys(self, resume: Mapping[int, Position]) -> dict[int, ShuffleKey | None]:
-        """Return what each reader's order is drawn from: the same for all replicas of a split."""
-        asked = {reader: self._shuffles[reader] for reader in self.epochs.active}
-        if self._replicas == 1:
-            return asked
-        keys: dict[int, ShuffleKey | None] = {}
-        for split in range(self._n):
-            present = [each for each in readers_of(split, self._replicas) if each in asked]
-            begun = [resume[each].shuffle for each in present if each in resume]
-            key = shared_key(split, begun, [asked[each] for each in present])
-            keys.update(dict.fromkeys(present, key))
-        return keys
 
     async def _start(self, distribution: Distribution, epoch: int) -> None:
         """Start the executor for an epoch; what keeps it from starting is noted as its error."""

@@ -8,7 +8,7 @@ half of the size asked for and yields short batches in the middle of the stream;
 neither, and like upstream it needs up to one and a half times that size, plus one block.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +64,29 @@ def shared_key(
             f" {', and for '.join(asked_for)}: give all of them the same arguments"
         )
     return keys[0] if keys else None
+
+
+def shared_keys(
+    replicas: int,
+    asked: Mapping[int, ShuffleKey | None],
+    begun: Mapping[int, ShuffleKey | None],
+) -> dict[int, ShuffleKey | None]:
+    """Return what each reader's order is drawn from: the same for all replicas of a split.
+
+    ``asked`` has a key for each reader there is, ``begun`` those of readers that go on. Errors are
+    those of `shared_key`.
+    """
+    if replicas == 1:
+        return dict(asked)
+    fellows: dict[int, list[int]] = {}
+    for reader in sorted(asked):
+        fellows.setdefault(reader // replicas, []).append(reader)
+    keys: dict[int, ShuffleKey | None] = {}
+    for split, readers in fellows.items():
+        before = (begun[reader] for reader in readers if reader in begun)
+        key = shared_key(split, before, [asked[reader] for reader in readers])
+        keys.update(dict.fromkeys(readers, key))
+    return keys
 
 
 def sizes(key: ShuffleKey | None) -> str:

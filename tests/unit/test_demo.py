@@ -9,9 +9,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from asyncsplit import demo
-from asyncsplit.demo import flights, job
+from asyncsplit.demo import flights, job, view
 from asyncsplit.demo.record import Progress
 from asyncsplit.demo.report import exactly_once, loss_fell
 from asyncsplit.demo.settle import settled
@@ -197,7 +198,6 @@ WORKERS = [
 
 
 def test_pace_is_measured_over_the_last_seconds_only() -> None:
-    view = pytest.importorskip("asyncsplit.demo.view", exc_type=ImportError)
     pace = view.Pace()
 
     paces = [
@@ -212,13 +212,11 @@ def test_pace_is_measured_over_the_last_seconds_only() -> None:
 def test_view_is_plain_lines_unless_on_a_terminal(
     terminal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    view = pytest.importorskip("asyncsplit.demo.view", exc_type=ImportError)
-    console = pytest.importorskip("rich.console").Console
     monkeypatch.setattr(view, "PLAIN_EVERY_S", 0.0)
     monkeypatch.setenv("TERM", "xterm")
     out = StringIO()
 
-    with view.View(console(file=out, force_terminal=terminal), job.Plan(2, 3, 10), 200) as shown:
+    with view.View(Console(file=out, force_terminal=terminal), job.Plan(2, 3, 10), 200) as shown:
         shown.show(WORKERS)
         shown.show(WORKERS)
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncsplit.core import shuffle
-from asyncsplit.core.shuffle import ShuffleKey, ShufflePlan, shared_key
+from asyncsplit.core.shuffle import ShuffleKey, ShufflePlan, shared_key, shared_keys
 from asyncsplit.errors import StateMismatchError
 from tests.profiles import FEWER
 
@@ -200,3 +200,10 @@ def test_replicas_draw_from_what_was_begun_or_first_asked_for() -> None:
             shared_key(0, [], [one, other])
     with pytest.raises(StateMismatchError, match="replicas of split 3 resume from states of diff"):
         shared_key(3, [one, two], [one, one])
+
+
+def test_each_split_has_a_key_of_its_own_that_its_replicas_share() -> None:
+    asked = {reader: ShuffleKey(10, 5, reader) for reader in (3, 0, 2)}
+    assert shared_keys(1, asked, {0: None}) == asked
+    keys = shared_keys(2, asked, {3: ShuffleKey(10, 5, 9), 1: None})
+    assert {reader: key and key.seed for reader, key in keys.items()} == {0: 0, 2: 9, 3: 9}
