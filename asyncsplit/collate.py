@@ -88,6 +88,7 @@ class _Stage:
         """Take over a pipeline that has no input yet."""
         self._pipeline = pipeline
         self._convert = convert
+        self.takes_plain = pipeline.takes_plain
         self.rows_out = 0
         """Rows of all batches handed out."""
         self.batches_out = 0

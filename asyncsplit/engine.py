@@ -253,6 +253,36 @@ def get_packed(refs: Sequence[ObjectRef[Any]]) -> list[Packed] | None:
     return list(map(Packed, refs, values))
 
 
+class Pickled(NamedTuple):
+    """A value's pickle, and the buffers beside it that its data is in."""
+
+    pickle: bytes
+    buffers: Sequence[Any]
+
+
+_ONE_OBJECT = b"\xd4e\x00"
+"""What Ray puts before the pickle of a value that is a Python object, and not a number or text."""
+
+
+def pickled(packed: Packed) -> Pickled | None:
+    """Return what `unpack` would unpickle: a list of one object; None if that is not all of it.
+
+    Upstream: ``ray/_private/serialization.py``.
+    """
+    from ray import _raylet
+    from ray._private.ray_constants import OBJECT_METADATA_TYPE_PYTHON
+
+    raylet = cast("Any", _raylet)
+    data, metadata, *_ = packed.value
+    if metadata != OBJECT_METADATA_TYPE_PYTHON or data is None:
+        return None
+    head, pickle_and_buffers = raylet.split_buffer(data)
+    if bytes(head) != _ONE_OBJECT:
+        return None
+    pickle, buffers = raylet.unpack_pickle5_buffers(pickle_and_buffers)
+    return Pickled(bytes(pickle), buffers)
+
+
 def unpack(packed: Packed) -> Any:
     """Return the value; raise like ``ray.get``."""
     from ray._private.worker import global_worker

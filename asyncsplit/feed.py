@@ -17,7 +17,7 @@ from typing import Any, Literal
 import ray
 from ray.exceptions import ObjectLostError
 
-from asyncsplit import engine
+from asyncsplit import engine, plain
 from asyncsplit.collate import Collated, Converted
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
@@ -78,6 +78,8 @@ class Feed:
         self._fed_bytes = 0
         self._node_id = engine.node_id()
         self._local_blocks = self._remote_blocks = 0
+        self._plain = pipeline.takes_plain
+        """Whether blocks may be plain; so far all were."""
         self._last = False
         self._lost_at = -1
         self._pulling: Future[Any] | None = None
@@ -363,9 +365,19 @@ class Feed:
         """Feed the blocks at the head that are fetched: one, and more as long as that is quick."""
         until = perf_counter() + FEED_S
         while self._backlog and (packed := self._backlog[0].packed) is not None:
-            self._feed(engine.unpack(packed))
+            self._feed(self._unpack(packed))
             if perf_counter() >= until:
                 return
+
+    def _unpack(self, packed: engine.Packed) -> Any:
+        if self._plain:
+            pickled = engine.pickled(packed)
+            block = None if pickled is None else plain.read(pickled)
+            if block is not None:
+                return block
+            # Where one block is not, few of those after it will be, and trying costs.
+            self._plain = False
+        return engine.unpack(packed)
 
     def _feed(self, block: Any) -> None:
         part = self._backlog.popleft().slice

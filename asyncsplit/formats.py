@@ -10,7 +10,7 @@ Upstream: ``ray/data/_internal/batcher.py``, ``arrow_block.py``, ``pandas_block.
 
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, overload
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,7 @@ from ray.data.extensions import (
 )
 
 from asyncsplit import engine
+from asyncsplit.plain import PlainBlock
 
 SUPPORTED_FORMATS = ("default", "numpy", "pandas", "pyarrow", "cudf", None)
 """Values of ``batch_format``; "default" means "numpy", None the block as it is."""
@@ -35,6 +36,9 @@ WINDOW_CELLS = 4096
 """How many values are turned into Python objects in one go: a millisecond or two."""
 
 Array = NDArray[Any]
+
+AnyBlock = Block | PlainBlock
+"""A block to make batches of: where these are numpy's, it may be plain."""
 
 Columns = dict[str, Array | pa.Array | None]
 """A block's columns by name.
@@ -60,30 +64,36 @@ def resolve_batch_format(name: str | None) -> str | None:
     return "numpy" if name == "default" else name
 
 
-def as_block(block: Any) -> Block:
+def as_block(block: Any) -> AnyBlock:
     """Return a block of any kind as a table or a data frame.
 
     Raises:
         TypeError: If it is no kind of block.
     """
-    if isinstance(block, pa.Table | pd.DataFrame):
+    if isinstance(block, pa.Table | pd.DataFrame | PlainBlock):
         return block
     if isinstance(block, pa.RecordBatch):
         return pa.Table.from_batches([block])
     return cast("Block", BlockAccessor.for_block(block).to_block())
 
 
-def row_count(block: Block) -> int:
+def row_count(block: AnyBlock) -> int:
     """Return how many rows a block has; as upstream, none if an Arrow block has no columns."""
     if isinstance(block, pa.Table) and not block.num_columns:
         return 0
     return len(block)
 
 
-def cut(block: Block, start: int, stop: int) -> Block:
+@overload
+def cut(block: Block, start: int, stop: int) -> Block: ...
+@overload
+def cut(block: AnyBlock, start: int, stop: int) -> AnyBlock: ...
+def cut(block: AnyBlock, start: int, stop: int) -> AnyBlock:
     """Return rows `start` to `stop` without copying; the block itself if those are all."""
     if start == 0 and stop == len(block):
         return block
+    if isinstance(block, PlainBlock):
+        return block.slice(start, stop)
     if isinstance(block, pa.Table):
         return block.slice(start, stop - start)
     return _renumbered(block.iloc[start:stop])
@@ -102,7 +112,7 @@ def _renumbered(frame: Any) -> Block:
     return cast("Block", frame)
 
 
-def are_alike(blocks: Sequence[Block]) -> bool:
+def are_alike(blocks: Sequence[AnyBlock]) -> bool:
     """Tell whether all blocks are Arrow tables with the same columns."""
     first: Any = blocks[0]
     return all(
@@ -111,11 +121,12 @@ def are_alike(blocks: Sequence[Block]) -> bool:
     )
 
 
-def concat(blocks: Sequence[Block]) -> Block:
+def concat(blocks: Sequence[AnyBlock]) -> Block:
     """Return one block with the rows of all.
 
     Upstream refuses to mix Arrow and pandas blocks in a batch. Here they become Arrow.
     """
+    blocks = [block.to_table() if isinstance(block, PlainBlock) else block for block in blocks]
     if len({type(block) for block in blocks}) > 1:
         blocks = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
     if are_alike(blocks):
@@ -128,16 +139,16 @@ def to_batch(block: Block, batch_format: str | None) -> DataBatch:
     return BlockAccessor.for_block(block).to_batch_format(batch_format)
 
 
-def is_fragmented(block: Block) -> bool:
+def is_fragmented(block: AnyBlock) -> bool:
     """Tell whether an Arrow block has columns in several chunks."""
     return isinstance(block, pa.Table) and any(
         column.num_chunks != 1 for column in block.itercolumns()
     )
 
 
-def defragment(block: Block) -> Block:
+def defragment(block: AnyBlock) -> AnyBlock:
     """Return a block with one chunk per column, copied only if there were more."""
-    if not is_fragmented(block):
+    if isinstance(block, PlainBlock) or not is_fragmented(block):
         return block
     if any(isinstance(kind, pa.BaseExtensionType) for kind in block.schema.types):
         return cast("Block", BlockAccessor.for_block(block).slice(0, len(block), copy=True))
@@ -151,7 +162,7 @@ def row_bytes(block: Block) -> float:
     return float(block.memory_usage(index=False).sum() / len(block))
 
 
-def windows(block: Block, rows: int, first: int) -> Iterator[Block]:
+def windows(block: AnyBlock, rows: int, first: int) -> Iterator[AnyBlock]:
     """Yield a block in pieces that have one chunk per column, and let go of it with the last.
 
     Chunks are joined a window at a time: joining those of a large block at once takes long.
@@ -162,7 +173,7 @@ def windows(block: Block, rows: int, first: int) -> Iterator[Block]:
         first: All pieces but the last end at a multiple of `rows` after so many rows.
     """
     start = 0
-    if is_fragmented(block):
+    if not isinstance(block, PlainBlock) and is_fragmented(block):
         if any(pa.types.is_dictionary(kind) for kind in block.schema.types):
             # Categories of a batch are those of the whole block.
             block = block.unify_dictionaries()
@@ -193,7 +204,7 @@ class Slab:
 
     __slots__ = ("_columns", "_format", "block", "rows")
 
-    def __init__(self, block: Block, batch_format: str | None) -> None:
+    def __init__(self, block: AnyBlock, batch_format: str | None) -> None:
         """Take a block with one chunk per column."""
         self.block = block
         self.rows = len(block)
@@ -204,7 +215,7 @@ class Slab:
         """Return rows `start` to `stop` as one batch."""
         if self._columns is not None:
             return {name: next(values) for name, values in self._cut(start, stop - start, 1)}
-        block = cut(self.block, start, stop)
+        block = cast("Block", cut(self.block, start, stop))
         if isinstance(block, pa.Table):
             return block if self._format in ("pyarrow", None) else to_batch(block, self._format)
         # Upstream gives columns of arrays their tensor type while it builds a batch.
@@ -235,6 +246,8 @@ class Slab:
         return columns
 
     def _is_like(self, other: "Slab") -> bool:
+        if isinstance(self.block, PlainBlock) and isinstance(other.block, PlainBlock):
+            return self.block.is_like(other.block)
         if isinstance(self.block, pd.DataFrame) and isinstance(other.block, pd.DataFrame):
             return bool(self.block.dtypes.equals(other.block.dtypes))
         return are_alike([self.block, other.block])
@@ -297,8 +310,10 @@ _FIXED_SHAPE_TENSORS = tuple(
 )
 
 
-def _columns(block: Block) -> Columns | None:
+def _columns(block: AnyBlock) -> Columns | None:
     """Return the columns by name; None if a name is used twice, so that Ray says what happens."""
+    if isinstance(block, PlainBlock):
+        return cast("Columns", block.columns)
     names = block.columns if isinstance(block, pd.DataFrame) else block.schema.names
     if len(set(names)) < len(names):
         return None
@@ -314,7 +329,7 @@ def _columns(block: Block) -> Columns | None:
     }
 
 
-def _arrow_backed(block: Block) -> Any:
+def _arrow_backed(block: AnyBlock) -> Any:
     """Return an Arrow block as a data frame if each slice of that is what upstream makes of it.
 
     So it is where pandas keeps all columns as Arrow does: a dtype follows from the type alone, and

@@ -11,11 +11,12 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, ClassVar
 
+import pandas as pd
 import pyarrow as pa
-from ray.data.block import Block
 
 from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.formats import (
+    AnyBlock,
     Run,
     Slab,
     as_block,
@@ -26,6 +27,7 @@ from asyncsplit.formats import (
     to_batch,
     windows,
 )
+from asyncsplit.plain import PlainBlock
 from asyncsplit.shuffle_buffer import ShuffleBuffer
 
 
@@ -62,7 +64,7 @@ class Pipeline:
         self._pandas_format = "pyarrow" if pandas_as_arrow else self._format
         self._size = batch_size
         self._drop_last = drop_last
-        self.blocks: deque[Block] = deque()
+        self.blocks: deque[AnyBlock] = deque()
         """Blocks added and not yet begun."""
         self.finished = False
         """Whether no more blocks come."""
@@ -89,6 +91,8 @@ class Pipeline:
             seed = secrets.randbits(63) if shuffle_seed is None else shuffle_seed
             self.shuffle = ShuffleKey(shuffle_buffer_size, batch_size, seed)
             self._shuffle = ShuffleBuffer(self.shuffle)
+        self.takes_plain = self._format == "numpy" and self._shuffle is None
+        """Whether `asyncsplit.plain` blocks can be added, which take less time than tables."""
         self.batches: Generator[Any, None, None] = self._run()
         """The batches, and None wherever input is missing."""
 
@@ -206,7 +210,9 @@ class Pipeline:
                 yield None
                 continue
             rows = len(block)
-            if self._format == "numpy" and isinstance(block, pa.Table):
+            if isinstance(block, PlainBlock):
+                batch: list[Any] = [block.columns]
+            elif self._format == "numpy" and isinstance(block, pa.Table):
                 batch = [Slab(block, "numpy").batch(0, rows)]
             else:
                 batch = [to_batch(block, self._format_for(block))]
@@ -256,8 +262,8 @@ class Pipeline:
         if self._shuffle is not None:
             self._shuffle.finish()
 
-    def _format_for(self, block: Block) -> str | None:
-        return self._format if isinstance(block, pa.Table) else self._pandas_format
+    def _format_for(self, block: AnyBlock) -> str | None:
+        return self._pandas_format if isinstance(block, pd.DataFrame) else self._format
 
     def _runs(self, slab: Slab, size: int) -> list[Run]:
         """Return the full batches that a block makes possible, the first of them last."""
@@ -278,7 +284,7 @@ class Pipeline:
             runs.insert(0, slab.run(start, size, count))
         return runs
 
-    def _in_order(self) -> Iterator[Block | None]:
+    def _in_order(self) -> Iterator[AnyBlock | None]:
         """Yield the blocks to cut batches from, and None while there is none."""
         while True:
             while self.blocks:

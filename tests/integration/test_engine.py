@@ -18,7 +18,7 @@ from ray import cloudpickle
 from ray.data import DataContext, Dataset, FileShuffleConfig
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError, WorkerCrashedError
 
-from asyncsplit import engine
+from asyncsplit import engine, plain
 from asyncsplit.engine import Bundle, Execution
 from asyncsplit.remote_errors import KeepOriginal, RemoteTraceback, pack_error, unpack_error, unwrap
 
@@ -458,6 +458,34 @@ def test_what_is_here_comes_in_order_and_errors_are_those_of_ray_get() -> None:
     with pytest.raises(ValueError, match="boom") as caught:
         get_ready([failing])
     assert isinstance(caught.value, RayTaskError)
+
+
+def test_a_table_of_numbers_is_read_from_what_ray_has_pickled() -> None:
+    def make(rows: int) -> pa.Table:
+        return pa.table({"a": range(rows), "b": np.arange(rows) / 2})
+
+    refs = [ray.put(make(3)), remote(make).remote(3), ray.put(make(2))]
+    ray.wait(refs, num_returns=3)
+    for packed, rows in zip(engine.get_packed(refs) or (), (3, 3, 2), strict=True):
+        pickled = engine.pickled(packed)
+        assert pickled is not None, f"Ray {ray.__version__} puts something else around a pickle"
+        block = plain.read(pickled)
+        assert block is not None, f"Ray {ray.__version__} pickles tables in another way"
+        assert block.to_table().equals(make(rows))
+
+
+def test_what_is_no_table_is_not_read() -> None:
+    def fail() -> None:
+        raise ValueError("boom")
+
+    failing = remote(fail).remote()
+    ray.wait([failing])
+    refs = [ray.put(each) for each in (None, 1, "text", b"bytes", [1, 2], np.zeros(3))]
+    for ref in (failing, *refs, ray.put(pd.DataFrame({"a": [1]}))):
+        packed = engine.get_packed([ref])
+        assert packed is not None
+        pickled = engine.pickled(packed[0])
+        assert pickled is None or plain.read(pickled) is None
 
 
 def test_unpacking_leaves_the_garbage_collector_as_it_was() -> None:

@@ -78,6 +78,10 @@ def get_packed(refs: Sequence[Ref]) -> list[Ref] | None:
     return list(refs) if all(ref.future().done() for ref in refs) else None
 
 
+def pickled(packed: Ref) -> None:
+    """Stand for `engine.pickled`: blocks here are not."""
+
+
 def unpack(packed: Ref) -> Any:
     """Stand for `engine.unpack`."""
     return packed.future().result(timeout=0)

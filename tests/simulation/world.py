@@ -467,6 +467,7 @@ def fakes_installed() -> Iterator[None]:
         put(engine, "use_context", lambda context: None)
         put(engine, "node_id", lambda: "node")
         put(engine, "get_packed", fakes.get_packed)
+        put(engine, "pickled", fakes.pickled)
         put(engine, "unpack", fakes.unpack)
         put(asyncsplit.feed, "ray", SimpleNamespace(wait=fakes.wait, ObjectRef=Any))
         put(asyncsplit.feed, "SMALL_BYTES", 8 * fakes.ROW_BYTES)
