@@ -1,8 +1,8 @@
 """Tables of numbers are read as arrays, alike to what conversion gives; all else is left to Ray."""
 
 import copyreg
-import importlib
 import gc
+import importlib
 import pickle
 import weakref
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def as_ray_pickles(*value: Any) -> Pickled:
 
 
 def table(kinds: Sequence[pa.DataType], rows: int, first: int = 0) -> pa.Table:
-    numbers = np.arange(first, first + 8 * rows).astype(np.uint8)
+    numbers = (np.arange(first, first + 8 * rows) % 101).astype(np.uint8)  # none makes a NaN
     return pa.table(
         {
             f"c{place}": pa.Array.from_buffers(kind, rows, [None, pa.py_buffer(numbers)])
