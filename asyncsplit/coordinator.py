@@ -6,6 +6,7 @@ A thin shell: who may start, which split gets a block and what is acknowledged i
 (`asyncsplit.guard`), taking blocks on another (`asyncsplit.pump`).
 """
 
+import gc
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,6 +78,9 @@ class SplitCoordinator:
         )
         self._outlets = Outlets(self._state, options.telemetry)
         self._kept: Sequence[ObjectRef[Any]] = ()
+        # What is here now stays, Ray and Arrow and pandas, and this process is the coordinator's
+        # alone: to look through all of that for garbage would hold the loop for 100 ms.
+        gc.freeze()
 
     def __ray_shutdown__(self) -> None:
         """Stop executing before the process ends: Ray calls this when it lets the actor go.
