@@ -86,7 +86,7 @@ class Feed:
         # A call that never returns: the coordinator holds a reference to its result, which this
         # process owns, and so hears of it when this process dies.
         self._lifeline: ray.ObjectRef[Any] = consumer.coordinator.hold.remote(
-            consumer.reader, stream
+            (consumer.reader, stream)
         )
         self._starting: Future[Reply[Started]] | None = self._arrive(consumer.position)
 

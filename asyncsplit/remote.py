@@ -20,7 +20,7 @@ def ask(
     coordinator: Coordinator, method: str, *args: object
 ) -> "concurrent.futures.Future[Reply[Any]]":
     """Call a method of the coordinator; returns at once."""
-    return getattr(coordinator, method).remote(*args).future()  # type: ignore[no-any-return]
+    return getattr(coordinator, method).remote(args).future()  # type: ignore[no-any-return]
 
 
 async def settled(future: "concurrent.futures.Future[Any]", timeout_s: float | None = None) -> None:

@@ -7,7 +7,7 @@ leaves an actor method, and the user should see the exception itself.
 
 import functools
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from ray import ObjectRef
 
@@ -16,6 +16,7 @@ from asyncsplit.remote_errors import pack_error, unpack_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
+S = TypeVar("S")
 
 
 class Slice(NamedTuple):
@@ -108,14 +109,20 @@ class Failure(NamedTuple):
         return unpack_error(self.packed)
 
 
-def replies(method: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R | Failure]]:
-    """Make a coordinator's method return its errors instead of raising them."""
+def replies(
+    method: "Callable[Concatenate[S, P], Awaitable[R]]",
+) -> "Callable[[S, tuple[Any, ...]], Awaitable[R | Failure]]":
+    """Make a coordinator's method take its arguments as one, and return its errors.
+
+    Ray pickles each argument by itself: that of a pull took a third of the call.
+    """
 
     @functools.wraps(method)
-    async def reply(*args: P.args, **kwargs: P.kwargs) -> R | Failure:
+    async def reply(self: S, args: tuple[Any, ...] = ()) -> R | Failure:
         try:
-            return await method(*args, **kwargs)
+            return await method(self, *args)  # type: ignore[call-arg]
         except Exception as error:
             return Failure.of(error)
 
+    del reply.__wrapped__  # Ray would ask for its arguments
     return reply

@@ -129,7 +129,7 @@ class Network:
 
         def deliver() -> None:
             task = self._loop.create_task(self._serve(call, send, method, args))
-            self.tasks[task] = f"{method}{args[:2]} of {process.name}"
+            self.tasks[task] = f"{method}{args[0][:2]} of {process.name}"
             task.add_done_callback(self.tasks.pop)
 
         if method != "hold" and self._chance(self._weather.lost):

@@ -456,7 +456,7 @@ class Job:
 
     async def serve(self, call: Call, refused: bool, reply_lost: bool) -> None:
         reader, came = call.reader, self.now
-        reply = await getattr(self.coordinator, call.method)(*call.args)
+        reply = await getattr(self.coordinator, call.method)(call.args)
         failed = isinstance(reply, Failure)
         if failed:
             self.judge(call, reply.unpack())
@@ -1045,7 +1045,7 @@ def test_who_shuffles_otherwise_while_a_restarted_coordinator_starts_begins_anew
     ) -> "asyncio.Future[Started | Failure]":
         stream, lifeline = Stream(reader.name, 1), cast("Any", Lifeline(reader))
         arriving = asyncio.ensure_future(
-            coordinator.start_epoch(0, stream, [lifeline], position, key, 0, COUNTERS),
+            coordinator.start_epoch((0, stream, [lifeline], position, key, 0, COUNTERS)),
             loop=job.loop,
         )
         job.loop.run_until_complete(asyncio.sleep(AT_ONCE_S))
@@ -1055,7 +1055,7 @@ def test_who_shuffles_otherwise_while_a_restarted_coordinator_starts_begins_anew
         first = job.readers[0]
         arrive(first, stood, before)
         assert coordinator._runner.epochs.phase is Phase.STARTING
-        death = coordinator.report_death(0, Stream(first.name, 1))
+        death = coordinator.report_death((0, Stream(first.name, 1)))
         job.loop.run_until_complete(death)
         arriving = arrive(job.spawn(0), None, other)
         job.loop.run_until_complete(arriving)

@@ -300,7 +300,7 @@ class World:
         if stream is None or not self.consumers[split].alive:
             return
         self.say("suspect", self.consumers[split].name, f"{split=}")
-        self.network.send(Process("master"), "report_death", (split, stream))
+        self.network.send(Process("master"), "report_death", ((split, stream),))
         self.spawn(split, self.random.uniform(0, 2.0))
 
     async def shut_down(self, after_s: float) -> None:
@@ -308,7 +308,7 @@ class World:
         await asyncio.sleep(after_s)
         self.say("shut down")
         self.shut = True
-        await self.coordinator.shutdown_executor()
+        await self.coordinator.shutdown_executor(())
         await asyncio.sleep(60.0)
         left = [process.name for process, task in self.workers.items() if not task.done()]
         if left:
