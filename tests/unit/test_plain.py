@@ -21,6 +21,7 @@ from asyncsplit import plain
 from asyncsplit.engine import Pickled
 from asyncsplit.formats import Slab
 from asyncsplit.pipeline import Pipeline
+from tests.profiles import FEWER
 from tests.same import assert_same
 
 upstream = importlib.import_module("ray._private.arrow_serialization")
@@ -56,6 +57,7 @@ def table(kinds: Sequence[pa.DataType], rows: int, first: int = 0) -> pa.Table:
     )
 
 
+@FEWER
 @given(some_kinds, st.integers(1, 40), st.data())
 def test_arrays_are_those_of_a_conversion(
     kinds: list[pa.DataType], rows: int, data: st.DataObject
@@ -73,6 +75,7 @@ def test_arrays_are_those_of_a_conversion(
     assert not any(values.flags.writeable for values in block.columns.values())
 
 
+@FEWER
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 200)), min_size=1), some_kinds)
 def test_blocks_of_one_layout_keep_their_own_values(
     blocks: list[tuple[int, int]], kinds: list[pa.DataType]
@@ -124,6 +127,7 @@ def test_a_pickle_that_calls_anything_else_is_not_run() -> None:
     assert plain.read(as_ray_pickles(Bomb())) is None
 
 
+@FEWER
 @given(
     st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=8),
     st.none() | st.integers(1, 25),
