@@ -152,7 +152,7 @@ class Worker:
         return _measured(run)
 
     def fetch_alone(self, refs: Sequence[Any], start_at: float) -> Report:
-        """Get blocks that are here and convert them to numpy: what any consumer has to do."""
+        """Get blocks that are here with ``ray.get``, and convert them to numpy."""
 
         def run() -> list[list[Loop]]:
             _sleep_until(start_at)

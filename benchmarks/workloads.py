@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray.data import Dataset
 
 import asyncsplit
-from asyncsplit import BatchStream, SplitOptions, engine
+from asyncsplit import BatchStream, SplitOptions, engine, plain
 from asyncsplit.consumer import Consumer
 from asyncsplit.feed import GROUP_SLICES
 from asyncsplit.pipeline import Pipeline
@@ -426,7 +426,12 @@ def way(bench: Bench) -> list[Figure]:
     small = table_blocks(number, 100, 4)
     refs = _refs(small)
     (large,) = ray.get(_refs(table_blocks(1, rows, 4)))
-    per_block: dict[str, list[float]] = {"fetch": [], "unpickle": [], "to numpy": []}
+    per_block: dict[str, list[float]] = {
+        "fetch": [],
+        "arrays of the pickle": [],
+        "unpickle": [],
+        "to numpy": [],
+    }
     per_batch: dict[str, list[float]] = {"pipeline": [], "stream": [], BY_HAND: []}
     arrays = {name: large[name].to_numpy() for name in large.column_names}
     for _ in range(bench.pick(40, 10)):
@@ -437,11 +442,17 @@ def way(bench: Bench) -> list[Figure]:
             for each in engine.get_packed(refs[start : start + GROUP_SLICES]) or ()
         ]
         times.append(perf_counter())
+        pickled = [each for each in map(engine.pickled, packed) if each is not None]
+        blocks = [block for block in map(plain.read, pickled) if block is not None]
+        if len(blocks) != number:
+            raise AssertionError(f"{number - len(blocks)} blocks are not plain")
+        _exhaust(_pipeline(blocks, None).batches)
+        times.append(perf_counter())
         fetched = [engine.unpack(each) for each in packed]
         times.append(perf_counter())
         _exhaust(_pipeline(fetched, None).batches)
         times.append(perf_counter())
-        del packed, fetched
+        del packed, blocks, fetched
         for step, (begin, end) in zip(per_block, pairwise(times), strict=True):
             per_block[step].append(1e6 * (end - begin) / number)
         for step, took_s in {
@@ -454,7 +465,8 @@ def way(bench: Bench) -> list[Figure]:
         Figure(
             "way-block",
             "steps in the consumer for one of many blocks of 100 rows of 4 float64, handed out"
-            " whole as numpy: fetching it if it is here, unpickling it, converting it",
+            " whole as numpy: fetching it if it is here, making its arrays of Ray's pickle;"
+            " or else, if it is not plain, unpickling and converting it",
             "us",
             "only one side has it",
             per_block,
