@@ -38,6 +38,8 @@ class Loop(NamedTuple):
     rows: int
     checksum: int | None = None
     gaps: tuple[float, ...] = ()
+    paused_s: float = 0.0
+    """Seconds of all pauses, as long as they really took."""
 
     @property
     def per_batch_s(self) -> float:
@@ -204,7 +206,7 @@ def _threads(its: Sequence[Any], start_at: Sequence[float], job: Job) -> list[li
 
 async def _drain_async(batches: AsyncIterator[Any], job: Job) -> Loop:
     start = perf_counter()
-    first, number, rows = 0.0, 0, 0
+    first, number, rows, paused_s = 0.0, 0, 0, 0.0
     if job.check or job.trace:
         seen, times = 0, [start]
         async for batch in batches:
@@ -219,13 +221,15 @@ async def _drain_async(batches: AsyncIterator[Any], job: Job) -> Loop:
         number += 1
         rows += len(batch["c0"])
         if job.pause_s:
+            began = perf_counter()
             await asyncio.sleep(job.pause_s)
-    return Loop(start, first, perf_counter(), number, rows)
+            paused_s += perf_counter() - began
+    return Loop(start, first, perf_counter(), number, rows, paused_s=paused_s)
 
 
 def _drain(batches: Iterable[Any], job: Job) -> Loop:
     start = perf_counter()
-    first, number, rows = 0.0, 0, 0
+    first, number, rows, paused_s = 0.0, 0, 0, 0.0
     if job.check or job.trace:
         seen, times = 0, [start]
         for batch in batches:
@@ -240,8 +244,10 @@ def _drain(batches: Iterable[Any], job: Job) -> Loop:
         number += 1
         rows += len(batch["c0"])
         if job.pause_s:
+            began = perf_counter()
             time.sleep(job.pause_s)
-    return Loop(start, first, perf_counter(), number, rows)
+            paused_s += perf_counter() - began
+    return Loop(start, first, perf_counter(), number, rows, paused_s=paused_s)
 
 
 def _detailed(start: float, times: list[float], rows: int, seen: int, job: Job) -> Loop:
