@@ -186,7 +186,8 @@ class Collated(_Stage):
     def __init__(self, pipeline: Pipeline, convert: Convert, *, ahead: int) -> None:
         """Take over a pipeline that has no input yet; no thread starts before it has a batch."""
         super().__init__(pipeline, convert)
-        self._ahead = ahead
+        self.ahead = ahead
+        """How many batches are made ahead."""
         self._tasks: deque[_Task] = deque()
         self._threads: ThreadPoolExecutor | None = None
         self._advance: Callable[[int], Future[Any] | None] | None = None
@@ -261,7 +262,7 @@ class Collated(_Stage):
     def _fill(self) -> None:
         """Begin as many batches as there is input for: the next one, and those ahead of it."""
         pipeline = self._pipeline
-        while not self._ended and len(self._tasks) <= self._ahead:
+        while not self._ended and len(self._tasks) <= self.ahead:
             oldest = pipeline.oldest_unfinished
             try:
                 batch = next(pipeline.batches, _END)
@@ -277,7 +278,7 @@ class Collated(_Stage):
                 return
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(
-                    min(max(self._ahead, 1), MAX_THREADS), thread_name_prefix="asyncsplit-collate"
+                    min(max(self.ahead, 1), MAX_THREADS), thread_name_prefix="asyncsplit-collate"
                 )
                 self._oldest = oldest
             future = self._threads.submit(_apply, self._convert, batch)

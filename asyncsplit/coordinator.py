@@ -162,14 +162,19 @@ class SplitCoordinator:
         progress: Progress,
         counters: ConsumerCounters,
         trace: Carrier | None = None,
+        rows_ahead: int | None = None,
     ) -> Delivery | Rejoin:
         """Acknowledge progress; return the slices from ``cursor`` on, as soon as there are any.
 
         Without a cursor they are those from the first row that is not committed. One pull waits
-        per split: a newer one sends an older one home with nothing. ``trace`` is the stream's span.
+        per split: a newer one sends an older one home with nothing. ``trace`` is the stream's span;
+        ``rows_ahead`` how many rows the stream has for whole batches, or below 0 how many the next
+        batch lacks: on demand, what is asked for early is given when it is due.
         """
         with self._spans.pull(split, epoch, trace) as noted:
-            answer = await self._pull(split, epoch, Stream(*stream), cursor, progress, counters)
+            answer = await self._pull(
+                split, epoch, Stream(*stream), cursor, progress, counters, rows_ahead
+            )
             if isinstance(answer, Delivery):
                 noted[SLICES] = len(answer.slices)
             return answer
@@ -182,11 +187,12 @@ class SplitCoordinator:
         cursor: int | None,
         progress: Progress,
         counters: ConsumerCounters,
+        rows_ahead: int | None,
     ) -> Delivery | Rejoin:
         if epoch > self._runner.epochs.epoch:
             self._state.rejoins["coordinator_restarted"] += 1
             return Rejoin()
-        self._acknowledge(split, epoch, stream, progress, counters)
+        self._acknowledge(split, epoch, stream, progress, counters, rows_ahead)
         delivery = self._runner.distribution.read(split, cursor)
         while not (delivery.slices or delivery.end):
             if not await self._runner.distribution.news(split, self._runner.tick()):
@@ -204,9 +210,13 @@ class SplitCoordinator:
         stream: Stream,
         progress: Progress,
         counters: ConsumerCounters,
+        rows_ahead: int | None = None,
     ) -> None:
-        """Acknowledge progress between pulls, so that long blocks are committed as they go."""
-        self._acknowledge(split, epoch, Stream(*stream), progress, counters)
+        """Acknowledge progress between pulls, so that long blocks are committed as they go.
+
+        With ``rows_ahead`` that is all the stream has by now, and its pull is not to wait longer.
+        """
+        self._acknowledge(split, epoch, Stream(*stream), progress, counters, rows_ahead)
 
     @replies
     async def notify_split_finished(
@@ -285,8 +295,11 @@ class SplitCoordinator:
         stream: Stream,
         progress: Progress,
         counters: ConsumerCounters,
+        rows_ahead: int | None,
     ) -> None:
         self._runner.check(split, epoch, stream)
         self._runner.hear(split)
         self._state.update(split, stream.consumer, counters)
+        if rows_ahead is not None:
+            self._runner.distribution.ask(split, rows_ahead, counters)
         self._runner.acknowledge(split, Progress(*progress))

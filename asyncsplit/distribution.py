@@ -18,6 +18,7 @@ from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import StateMismatchError
 from asyncsplit.guard import Guard
 from asyncsplit.pump import Pump
+from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.state import PumpClock
 from asyncsplit.wire import Delivery, Slice
 
@@ -39,13 +40,15 @@ class Distribution:
         self.error: BaseException | None = None
         """What ends the epoch for everybody."""
         self.waiting_since: dict[int, float] = {}
-        """When the pulls began that wait now, by split."""
+        """When the pulls began that wait now, by split; of those that came early, when not any
+        more."""
         self._guard = guard
         self._ended = ended
         self._pump: Pump | None = None
         self._stopped = False
         self._replays: list[Replay] = []
         self._pulls: dict[int, asyncio.Future[None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
 
     def replay(self, replays: Iterable[Replay]) -> None:
         """Leave out what earlier runs with other numbers of splits have read."""
@@ -70,6 +73,7 @@ class Distribution:
             What blocks until the execution is used no more: soon after its shutdown.
         """
         self._stopped = True
+        self._set_timer(None)
         for split in self._pulls:
             self._wake(split)
         # The pump holds this object: were it held in turn, blocks would be kept until the garbage
@@ -105,12 +109,17 @@ class Distribution:
         """Return when it is worth reading the split again; False for whom a newer pull replaces."""
         self._wake(split)
         waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
-        self.waiting_since[split] = now
+        self.waiting_since[split] = max(now, self.ledger.held_until(split))
         await waiting
         if self._pulls.get(split) is not waiting:
             return False
         del self._pulls[split], self.waiting_since[split]
         return True
+
+    def ask(self, split: int, rows_ahead: int, counters: ConsumerCounters) -> None:
+        """Note what a consumer has ahead, and how fast it is, for the next `acknowledge`."""
+        now = asyncio.get_running_loop().time()
+        self.ledger.ask(split, rows_ahead, counters.rows, counters.busy_s, now)
 
     def acknowledge(self, split: int, progress: Progress) -> None:
         """Commit what a consumer has finished with, and fill the room it has made."""
@@ -168,15 +177,24 @@ class Distribution:
     def _settle(self) -> None:
         """Assign what can be assigned, wake who got something, and renew the pump's credit."""
         try:
-            got = self.ledger.route()
+            got = self.ledger.route(asyncio.get_running_loop().time())
         except StateMismatchError as error:
             self._fail(error)
             return
         for split in got.union(filter(self.ledger.exhausted, self._pulls)):
             self._wake(split)
+        self._set_timer(self.ledger.route_at)
         if self._pump is not None and not self.ledger.finished:
             self._pump.allow(self.ledger.credit())
             self._guard.report_consumer_bytes(self.ledger.held_bytes)
+
+    def _set_timer(self, at: float | None) -> None:
+        """Route at that time, if nothing happens before."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if at is not None and not self._stopped:
+            self._timer = asyncio.get_running_loop().call_at(at, self._settle)
 
     def _fail(self, error: BaseException) -> None:
         self.error = error

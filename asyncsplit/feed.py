@@ -21,6 +21,7 @@ from asyncsplit import engine, plain
 from asyncsplit.collate import Collated, Converted
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
+from asyncsplit.core.pace import rows_ahead
 from asyncsplit.core.position import Position
 from asyncsplit.core.progress import Progress, Reading
 from asyncsplit.pipeline import Pipeline
@@ -83,6 +84,7 @@ class Feed:
         self._last = False
         self._lost_at = -1
         self._pulling: Future[Any] | None = None
+        self._asked_early = False
         # A call that never returns: the coordinator holds a reference to its result, which this
         # process owns, and so hears of it when this process dies.
         self._lifeline: ray.ObjectRef[Any] = consumer.coordinator.hold.remote(
@@ -121,7 +123,7 @@ class Feed:
         self._pull_if_room(finished_rows)
         return waiting_for or (None if self._reading.fed > fed_before else self._pulling)
 
-    def acknowledge(self, finished_rows: int) -> None:
+    def acknowledge(self, finished_rows: int, ahead: int | None = None) -> None:
         """Commit what the loop has finished with, without asking for more."""
         if self.started is not None:
             ask(
@@ -132,6 +134,7 @@ class Feed:
                 self._stream,
                 self._progress(finished_rows),
                 self.counters(),
+                ahead,
             )
 
     def close(self, finished_rows: int) -> "Callable[[], Future[Any]]":
@@ -249,11 +252,18 @@ class Feed:
 
     def _pull_if_room(self, finished_rows: int) -> None:
         """Have the next delivery on its way if there is room for it."""
-        if self._pulling is not None or self._last or self.started is None:
+        if self._last or self.started is None:
+            return
+        ahead = self._rows_ahead() if self.started.on_demand else None
+        if self._pulling is not None:
+            if self._asked_early and ahead is not None and ahead <= 0:
+                self._asked_early = False
+                self.acknowledge(finished_rows, ahead)
             return
         budget = self.started.prefetch_bytes
         room = self._backlog_bytes < budget if self._prefetch else not self._backlog
         if room:
+            self._asked_early = ahead is not None and ahead > 0
             self._pulling = ask(
                 self._consumer.coordinator,
                 "pull",
@@ -264,7 +274,17 @@ class Feed:
                 self._progress(finished_rows),
                 self.counters(),
                 None if self.spans is None else self.spans.carrier,
+                ahead,
             )
+
+    def _rows_ahead(self) -> int:
+        pipeline = self._pipeline
+        rows = pipeline.rows_buffered - (pipeline.shuffle.buffer_size if pipeline.shuffle else 0)
+        if isinstance(pipeline, Collated):
+            if self._batch_size is None:
+                return -1  # how many rows are to be made ahead depends on what comes
+            rows -= pipeline.ahead * self._batch_size
+        return rows_ahead(rows, self._batch_size or 1)
 
     def _try_to_feed(self) -> "Future[Any] | None":
         """Feed what is here; if blocks are gone with their owner, ask for them once more."""

@@ -99,12 +99,15 @@ class SplitOptions:
 
     routing: Routing = "rows"
     """Which split gets the next block: ``"rows"``, the one with the fewest rows so far, as
-    upstream does; ``"demand"``, whoever asks, so that a slow consumer holds nobody up."""
+    upstream does; ``"demand"``, whoever is about to run out, so that a slow consumer holds nobody
+    up: each is given work for 50 ms at a time, or one block, and of the last blocks none that the
+    others would be through with sooner."""
 
     prefetch_bytes: int | None = None
     """Bytes that may wait for one split, from coordinator to training loop. One block more than
     this is the most ever held: a block larger than the budget still gets through. None for 256
-    MiB, but no more than the split's part of an eighth of the cluster's object stores."""
+    MiB, but no more than the split's part of an eighth of the cluster's object stores. With
+    ``routing="demand"`` so many may wait for all splits together, until somebody needs them."""
 
     replicas: int = 1
     """How many consumers share each split: all of them see the same batches in the same order, as

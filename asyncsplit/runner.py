@@ -73,8 +73,9 @@ class EpochRunner:
         self._keeps_order = keeps_order
         self._options = options
         self._budget = prefetch_budget(options.prefetch_bytes, n, None)
-        # What is given on demand is asked for one block at a time, when the last one is begun.
-        self._prefetch_bytes = 1 if options.routing == "demand" else self._budget
+        # What is given on demand is asked for when the last of it is begun.
+        self._on_demand = options.routing == "demand"
+        self._prefetch_bytes = 1 if self._on_demand else self._budget
         self._guard = guard
         self._state = state
         self._journal = journal
@@ -83,8 +84,9 @@ class EpochRunner:
         if (noted := journal.read()) is not None:
             self.epochs.recover(noted)
         self._noted = self.epochs.noted
-        self.distribution = self._new_distribution()
+        self.distribution: Distribution
         """The blocks of the epoch under way."""
+        self.distribution = self._new_distribution(first=True)
         self._failed: tuple[int, Failure, Collection[Stream]] | None = None
         self.lifelines = Lifelines()
         self._stopping: asyncio.Task[None] | None = None
@@ -264,7 +266,9 @@ class EpochRunner:
 
     def _start_at(self, split: int) -> Started:
         trace = self._spans.carrier
-        return Started(self._position(split), self._prefetch_bytes, trace=trace)
+        return Started(
+            self._position(split), self._prefetch_bytes, trace=trace, on_demand=self._on_demand
+        )
 
     def _position(self, split: int) -> Position:
         position = self.distribution.ledger.logs[split].position
@@ -463,10 +467,14 @@ class EpochRunner:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _new_distribution(self, resume: Mapping[int, Position] | None = None) -> Distribution:
+    def _new_distribution(
+        self, resume: Mapping[int, Position] | None = None, *, first: bool = False
+    ) -> Distribution:
         router = make_router(
             self._n, equal=self._equal, routing=self._options.routing, hints=self._hints
         )
+        if not first:
+            router.go_on_from(self.distribution.ledger.router)
         ledger = Ledger(self._n, router, self._budget, resume, self._replicas)
         return Distribution(ledger, self._guard, self._distribution_ended)
 

@@ -57,6 +57,8 @@ class Started(NamedTuple):
     """The answer to the stream's first pull, if there is one already."""
     trace: dict[str, str] | None = None
     """W3C trace context of the epoch's span; None if it is not recorded."""
+    on_demand: bool = False
+    """Whether to tell the coordinator how many rows are ahead: it gives no more than is needed."""
 
     @property
     def epoch(self) -> int:

@@ -59,6 +59,11 @@ class ConsumerCounters(NamedTuple):
     exemplars: tuple[Exemplar, ...] = ()
     """Of waits since its last message, if traces are recorded."""
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds its loops did not wait for data: they trained, or waited for conversions."""
+        return self.stream_s - self.barrier_s - self.data_s - self.transfer_s
+
     def plus(self, other: "ConsumerCounters") -> "ConsumerCounters":
         """Add the totals; the present is the other's."""
         return _combine(add, self, other, present=other)

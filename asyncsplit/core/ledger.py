@@ -91,14 +91,27 @@ class Ledger:
         self.finished = True
         self.router.finish()
 
-    def route(self) -> set[int]:
+    def ask(self, reader: int, rows_ahead: int, rows: int, busy_s: float, now: float) -> None:
+        """Note what a reader has ahead, and how fast it is; see `Pace.ask`."""
+        self.router.ask(reader // self._replicas, reader, rows_ahead, rows, busy_s, now)
+
+    def held_until(self, reader: int) -> float:
+        """Return until when a reader is given nothing because it needs nothing."""
+        return self.router.held_until(reader // self._replicas)
+
+    @property
+    def route_at(self) -> float | None:
+        """When to route again though nothing has happened, if at all."""
+        return self.router.look_at(self._hungry)
+
+    def route(self, now: float = 0.0) -> set[int]:
         """Lease what can be assigned now; return the readers that got something.
 
         Raises:
             StateMismatchError: If a position to resume from was not reached.
         """
         got = set()
-        for split, part in self.router.assign(self._hungry, self._full):
+        for split, part in self.router.assign(self._hungry, self._full, now):
             for reader, log in enumerate(self._sharing[split], split * self._replicas):
                 if log.append(part):
                     got.add(reader)
@@ -158,9 +171,7 @@ class Ledger:
         present = [log.waiting_bytes for log in self.logs if not log.left]
         if self.finished or not present:
             return 0
-        if self._full.issuperset(self.router.wanted_by(self._hungry)):
-            return 0
-        return max(1, self.budget_bytes - max(present))
+        return self.router.credit(self.budget_bytes - max(present), self._hungry, self._full)
 
     def _sort(self, split: int) -> None:
         """Keep what is leased, which splits could use a part at once, and which have enough."""

@@ -8,7 +8,10 @@ routed the same way, which is what makes a position in an epoch a few integers.
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from heapq import heapreplace
+from math import inf
 from typing import Literal, NamedTuple, TypeAlias
+
+from asyncsplit.core.pace import Paces
 
 Equal: TypeAlias = bool | Literal["pad"]
 
@@ -96,8 +99,31 @@ class RowsRouter:
         """Tell whether the split may be given another part."""
         return not self.complete
 
+    def go_on_from(self, earlier: "RowsRouter") -> None:
+        """Remember how fast consumers were in an earlier epoch; shares by rows ignore it."""
+
+    def ask(
+        self, split: int, reader: int, rows_ahead: int, rows: int, busy_s: float, now: float
+    ) -> None:
+        """Note what a split's reader has ahead, and how fast it is; shares by rows ignore it."""
+
+    def credit(self, room: int, hungry: Collection[int], full: Collection[int]) -> int:
+        """Return how many bytes may be taken from the dataset; 1 stands for one part.
+
+        ``room`` is how many more may wait for the split for which most do.
+        """
+        return 0 if set(self.wanted_by(hungry)) <= set(full) else max(1, room)
+
+    def held_until(self, split: int) -> float:
+        """Return until when the split is given nothing because it needs nothing."""
+        return -inf
+
+    def look_at(self, hungry: Collection[int]) -> float | None:
+        """Return when `assign` may decide otherwise though nothing has happened."""
+        return None
+
     def assign(
-        self, hungry: Collection[int], full: Collection[int] = frozenset()
+        self, hungry: Collection[int], full: Collection[int] = frozenset(), now: float = 0.0
     ) -> Iterator[Assignment]:
         """Decide what can be decided now, part by part.
 
@@ -163,7 +189,7 @@ class EqualRouter(RowsRouter):
         return super().may_get_more(split) and not (self._finished and not self._room(split))
 
     def assign(
-        self, hungry: Collection[int], full: Collection[int] = frozenset()
+        self, hungry: Collection[int], full: Collection[int] = frozenset(), now: float = 0.0
     ) -> Iterator[Assignment]:
         """Route what no share is too small for; in the end, cut what is left to level the ends."""
         while self._held:
@@ -218,7 +244,7 @@ class PaddedRouter(EqualRouter):
         return super().complete and not self._room(self._fewest())
 
     def assign(
-        self, hungry: Collection[int], full: Collection[int] = frozenset()
+        self, hungry: Collection[int], full: Collection[int] = frozenset(), now: float = 0.0
     ) -> Iterator[Assignment]:
         """Route what no share is too small for; in the end, fill up those who are short."""
         yield from super().assign(hungry, full)
@@ -256,20 +282,33 @@ class PaddedRouter(EqualRouter):
 
 
 class DemandRouter(RowsRouter):
-    """Give the next part to whoever is waiting, so that a slow consumer holds nobody up.
+    """Give the next part to whoever needs it, so that a slow consumer holds nobody up.
 
-    Parts stay unassigned until a split is hungry, which is what keeps a slow consumer's share
-    small.
+    Parts stay unassigned until a split is hungry and about to run out, as `Paces` knows. That is
+    what keeps a slow consumer's share small.
     """
 
     def __init__(self, n: int, hints: Sequence[str] | None = None) -> None:
-        """Start an epoch with ``n`` splits, none of which has rows."""
+        """Start an epoch with ``n`` splits, of whose consumers nothing is known."""
         super().__init__(n, hints)
         self._left: set[int] = set()
+        self._paces = Paces(n)
+
+    def go_on_from(self, earlier: RowsRouter) -> None:
+        """Expect consumers to be as fast as they were in an earlier epoch."""
+        assert isinstance(earlier, DemandRouter)
+        self._paces = Paces(len(self.rows), earlier._paces)
+
+    def ask(
+        self, split: int, reader: int, rows_ahead: int, rows: int, busy_s: float, now: float
+    ) -> None:
+        """Note how much a split's reader has ahead, and how fast it is: see `Pace.ask`."""
+        self._paces.ask(split, reader, rows_ahead, rows, busy_s, now)
 
     def leave(self, split: int) -> None:
         """Give the split nothing more; when all have left, truncate what nobody wants."""
         self._left.add(split)
+        self._paces.leave(split)
         if len(self._left) == len(self.rows):
             self._truncate()
 
@@ -277,14 +316,43 @@ class DemandRouter(RowsRouter):
         """Name the hungry splits, those with the fewest rows first."""
         return sorted(set(hungry) - self._left, key=self.rows.__getitem__)
 
+    def credit(self, room: int, hungry: Collection[int], full: Collection[int]) -> int:
+        """Keep as much unassigned as may wait for one split, to see the end coming."""
+        return max(0 if self._held else 1, room - self.unassigned_bytes)
+
+    def held_until(self, split: int) -> float:
+        """Return until when the split is given nothing, because it needs nothing."""
+        return self._paces.look_at(split)
+
+    def look_at(self, hungry: Collection[int]) -> float | None:
+        """Return when the first part is due that is kept from one of the hungry splits."""
+        return min(map(self._paces.look_at, hungry), default=None) if self._held else None
+
     def assign(
-        self, hungry: Collection[int], full: Collection[int] = frozenset()
+        self, hungry: Collection[int], full: Collection[int] = frozenset(), now: float = 0.0
     ) -> Iterator[Assignment]:
-        """Give one part to each hungry split."""
+        """Give a part to each hungry split that is due, then as many as will last for a while."""
+        due = []
         for split in self.wanted_by(hungry):
             if not self._held:
                 return
-            yield self._give(split, self._pick(split))
+            index = self._pick(split)
+            rest = self.unassigned_rows
+            if self._paces.is_due(split, self._held[index].rows, rest, now, is_all=self._finished):
+                due.append(split)
+                yield self._take(split, index, now)
+        for split in due:
+            while (
+                self._held
+                and split not in full
+                and self._paces.wants_more(split, self.unassigned_rows, now)
+            ):
+                yield self._take(split, self._pick(split), now)
+
+    def _take(self, split: int, index: int, now: float) -> Assignment:
+        given = self._give(split, index)
+        self._paces.take(split, given.part.rows, now)
+        return given
 
 
 def make_router(

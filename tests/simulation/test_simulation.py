@@ -44,7 +44,7 @@ def test_everything_holds_in_many_jobs() -> None:
         taken_over += oracle.taken_over
         redelivered += oracle.redelivered
     assert taken_over > 20, "the seeds are worth running"
-    assert redelivered > 20
+    assert redelivered > 10
 
 
 def test_a_seed_gives_the_same_job_again() -> None:

@@ -192,6 +192,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.leavers = leavers
         self.equal: Equal = mode[0]
         self.routing = mode[1]
+        self.now = 0.0
         self.begin({})
 
     def begin(self, resume: dict[int, Position]) -> None:
@@ -236,13 +237,13 @@ class LedgerMachine(RuleBasedStateMachine):
             self.parts.append(taken[-1])
             credit -= taken[-1].size_bytes
         self.ledger.produce(taken)
-        self.ledger.route()
+        self.ledger.route(self.now)
 
     @precondition(lambda self: self.parts and not self.ledger.finished)
     @rule()
     def finish(self) -> None:
         self.ledger.finish()
-        self.ledger.route()
+        self.ledger.route(self.now)
 
     @precondition(lambda self: self.readable())
     @rule(which=st.integers(0, 4), count=st.integers(1, 4))
@@ -277,7 +278,27 @@ class LedgerMachine(RuleBasedStateMachine):
         self.begun[split] = max(self.begun[split], begun)
         self.sent.append((split, base + int(rows * share), begun))
         self.ledger.acknowledge(split, base + int(rows * share), fed=begun)
-        self.ledger.route()
+        self.ledger.route(self.now)
+
+    @precondition(lambda self: self.routing == "demand")
+    @rule(
+        which=st.integers(0, 14),
+        ahead=st.integers(-100, 100),
+        rows=st.integers(0, 100),
+        row_s=st.sampled_from((0.0, 0.0001, 1.0, 100.0)),
+        later_s=st.sampled_from((0.0, 0.01, 1.0, 100.0)),
+    )
+    def ask(self, which: int, ahead: int, rows: int, row_s: float, later_s: float) -> None:
+        self.now += later_s
+        self.ledger.ask(which % len(self.ledger.logs), ahead, rows, rows * row_s, self.now)
+        self.ledger.route(self.now)
+
+    @precondition(lambda self: self.parts and self.ledger.route_at is not None)
+    @rule()
+    def wait(self) -> None:
+        assert self.ledger.route_at is not None
+        self.now = self.ledger.route_at
+        self.ledger.route(self.now)
 
     @precondition(lambda self: self.sent)
     @rule(which=st.integers(0))
@@ -287,7 +308,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.ledger.acknowledge(split, rows, fed=fed)
         self.begun[split] = max(self.begun[split], min(fed, self.cursors[split]))
-        self.ledger.route()
+        self.ledger.route(self.now)
 
     @precondition(lambda self: self.routing == "rows" and self.parts)
     @rule(saved=st.booleans())
@@ -309,10 +330,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.begin(resume)
         for taken in self.parts:
             self.ledger.produce([taken])
-            self.ledger.route()
+            self.ledger.route(self.now)
         if ended:
             self.ledger.finish()
-            self.ledger.route()
+            self.ledger.route(self.now)
         for split, log in enumerate(self.ledger.logs):
             self.rewound.add(split)
             if resume[split].rows == FINISHED:
@@ -350,7 +371,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def leave(self, which: int) -> None:
         self.leavers -= 1
         self.ledger.leave(self.present()[which % len(self.present())])
-        self.ledger.route()
+        self.ledger.route(self.now)
 
     @invariant()
     def every_row_is_in_one_place(self) -> None:
@@ -416,7 +437,11 @@ class LedgerMachine(RuleBasedStateMachine):
         ledger = self.ledger
         present = [log for log in ledger.logs if not log.left]
         if present and not ledger.complete and ledger.credit() <= 0:
-            assert any(log.waiting for log in present)
+            assert any(log.waiting for log in present) or ledger.route_at is not None
+
+    @invariant()
+    def it_is_never_too_late_to_look_again(self) -> None:
+        assert self.ledger.route_at is None or self.ledger.route_at > self.now
 
 
 # Coverage would make it several times slower.
