@@ -1,23 +1,19 @@
 """Every Python block of the documentation runs and prints what it says; every reference leads."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import ray
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from asyncsplit import engine, errors
+from tests.integration.conftest import ROOT
+from tests.integration.programs import Program
 
-ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 # On the line before a Python block: <!-- not run: why -->
@@ -69,43 +65,16 @@ RUN = {
 }
 NOT_RUN_HERE = [example for example in EXAMPLES if example.reason]
 
-# Each block is a program of its own, but Python, Ray and the connection are started only once.
-PROGRAM = """
-import contextlib, io, json, sys
-for place, code in json.load(sys.stdin):
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, place, "exec"), {"__name__": "__main__"})
-    print(json.dumps(printed.getvalue()))
-"""
-
 
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_python_blocks_run_and_print_what_is_said(
-    page: Path, ray_cluster: None, tmp_path: Path
+    page: Path, run: Callable[[Program], str], tmp_path: Path
 ) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "RAY_LOG_TO_DRIVER": "0",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input=json.dumps([(example.place, example.code) for example in RUN[page]]),
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    for example, line in zip(RUN[page], done.stdout.splitlines(), strict=True):
+    for example in RUN[page]:
+        printed = run(Program(example.place, example.code, [], str(tmp_path)))
         if example.printed is not None:
             # Ray prints its node's warnings among what the program prints.
-            said = json.loads(line).splitlines(keepends=True)
+            said = printed.splitlines(keepends=True)
             own = "".join(one for one in said if "(raylet)" not in one)
             assert own == example.printed, example.place
 

@@ -1,15 +1,14 @@
 """Each of the examples runs, with little data, and says what it should."""
 
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import ray
 
-ROOT = Path(__file__).parents[2]
+from tests.integration.conftest import ROOT
+from tests.integration.programs import Program
+
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 RUNS: dict[str, list[tuple[str, str]]] = {
@@ -30,26 +29,8 @@ RUNS: dict[str, list[tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
-def test_an_example_runs(example: Path, ray_cluster: None, tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "RAY_LOG_TO_DRIVER": "0",
-        # By default a group that has ended, or failed, is not looked at for up to 2 s.
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    }
-    for arguments, printed in RUNS[example.name]:
-        done = subprocess.run(
-            [sys.executable, example, *arguments.split()],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr, done.stderr
+def test_an_example_runs(example: Path, run: Callable[[Program], str], tmp_path: Path) -> None:
+    for arguments, expected in RUNS[example.name]:
+        printed = run(Program(str(example), None, arguments.split(), str(tmp_path)))
         # Ray may have told of the worker that died, before.
-        assert re.search(rf"^{printed}\Z", done.stdout, re.M), done.stdout
+        assert re.search(rf"^{expected}\Z", printed, re.M), printed
