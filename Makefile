@@ -15,8 +15,8 @@ PARALLEL := --numprocesses=2 --dist=worksteal
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-observed test test-unit test-lowest test-ray-metrics dist check format bench bench-quick simulate \
-	chaos soak clean docs
+.PHONY: help venv demo demo-observed test test-unit test-deep test-lowest test-ray-metrics dist \
+	check format bench bench-quick simulate chaos soak clean docs
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,8 +29,12 @@ demo: venv ## Run the demo
 demo-observed: venv ## Run the demo, and ask a Prometheus what training waited for
 	$(BIN)/python -m asyncsplit demo --observed $(ARGS)
 
-test: venv ## Run every test, with coverage
-	$(BIN)/python -m pytest $(PARALLEL) --cov --cov-report=term $(ARGS)
+test: venv ## Run every test
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-deep: export HYPOTHESIS_PROFILE ?= deep
+test-deep: venv ## Run unit tests and simulations, with 2000 examples of each property, and with coverage
+	$(BIN)/python -m pytest tests/unit tests/simulation $(PARALLEL) --cov --cov-report=term $(ARGS)
 
 test-unit: venv ## Run the tests that need no Ray cluster
 	$(BIN)/python -m pytest tests/unit $(ARGS)
