@@ -13,7 +13,7 @@ from ray.exceptions import WorkerCrashedError
 
 import asyncsplit
 from asyncsplit import CoordinatorLostError
-from tests.integration.consume import read, read_epoch
+from tests.integration.consume import Drive, read, read_epoch
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
@@ -24,13 +24,18 @@ class OurError(ValueError):
         self.code = code
 
 
-@pytest.mark.parametrize("drive", ["async", "sync"])
-async def test_an_error_in_a_users_function_reaches_all(drive: Any) -> None:
+async def test_an_error_in_a_users_function_reaches_all() -> None:
     def fail(batch: Any) -> Any:
         raise OurError("bad row", 7)
 
     its = asyncsplit.streaming_split(ray.data.range(100).map_batches(fail), 3)
-    errors = await asyncio.gather(*(read(it, drive) for it in its), return_exceptions=True)
+    drives: tuple[Drive, ...] = ("async", "sync")
+    errors = [
+        error
+        for drive in drives
+        for error in await asyncio.gather(*(read(it, drive) for it in its), return_exceptions=True)
+    ]
+    assert len(errors) == 6
     for error in errors:
         assert type(error).__name__ == "OurError"
         assert isinstance(error, ValueError)

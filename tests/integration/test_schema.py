@@ -88,12 +88,6 @@ async def test_racing_with_epoch_starts_never_runs_two_executors() -> None:
         assert status.schema_requests["miss"] <= 1
 
 
-async def test_a_bad_mode_is_refused() -> None:
-    (it,) = asyncsplit.streaming_split(unknown_schema(), 1)
-    with pytest.raises(ValueError, match="during_execution='maybe'"):
-        await it.schema(during_execution="maybe")  # type: ignore[arg-type]
-
-
 async def test_schema_of_a_failing_dataset_raises_its_error() -> None:
     def fail(batch: Any) -> Any:
         raise KeyError("no such column")
@@ -103,21 +97,18 @@ async def test_schema_of_a_failing_dataset_raises_its_error() -> None:
         await it.schema()
 
 
-async def test_the_context_is_the_datasets_own() -> None:
+async def test_context_and_tag_are_the_datasets_own_and_a_bad_mode_is_refused() -> None:
     ds = ray.data.range(10)
+    ds.set_name("flights")
     ds.context.target_max_block_size = 12_345_678
     ds.context.set_config("asyncsplit-test", "here")
-    (it,) = asyncsplit.streaming_split(ds, 1)
-    context = await it.get_context()
+    its = asyncsplit.streaming_split(ds, 2)
+    context = await its[0].get_context()
     assert context.target_max_block_size == 12_345_678
     assert context.get_config("asyncsplit-test") == "here"
     assert context.raise_original_map_exception is ds.context.raise_original_map_exception
-
-
-async def test_the_tag_names_dataset_and_split() -> None:
-    ds = ray.data.range(10)
-    ds.set_name("flights")
-    its = asyncsplit.streaming_split(ds, 2)
     tag = await its[1].dataset_tag()
     assert tag["dataset"].startswith("flights_")
     assert tag["split_index"] == "1"
+    with pytest.raises(ValueError, match="during_execution='maybe'"):
+        await its[0].schema(during_execution="maybe")  # type: ignore[arg-type]
