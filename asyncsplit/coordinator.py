@@ -105,7 +105,7 @@ class SplitCoordinator:
         self,
         split: int,
         stream: Stream,
-        lifeline: Sequence["ObjectRef[Any]"],
+        lifeline: "ObjectRef[Any]",
         position: Position | None,
         shuffle: ShuffleKey | None,
         serialized_bytes: int,
@@ -117,19 +117,16 @@ class SplitCoordinator:
         Whoever comes for a split whose consumer has died in the middle of an epoch does not wait:
         it takes that epoch over, from the first row that is not committed.
 
-        ``lifeline`` holds the reference to the consumer's call of `hold`; ``position`` is where
+        ``lifeline`` is the reference to the consumer's call of `hold`; ``position`` is where
         it stands, if it has read the split before; ``shuffle`` what its order is drawn from;
         ``serialized_bytes`` is the pickled size of its iterator, 0 if it never was; ``trace`` the
         span that the epoch is to be a part of.
         """
-        stream = Stream(*stream)
-        takes_over = await self._runner.admit(
-            split, stream, lifeline[0], position and Position(*position)
-        )
+        takes_over = await self._runner.admit(split, stream, lifeline, position)
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
         started = await self._runner.start(split, stream, shuffle, trace, takes_over=takes_over)
         # Who goes on after a restart knows better where to read from.
-        if (position and Position(*position).fed) or not self._reads(split, stream, started.epoch):
+        if (position and position.fed) or not self._reads(split, stream, started.epoch):
             return started
         delivery = self._runner.distribution.read(split, None)
         if not (delivery.slices or delivery.end):
@@ -140,7 +137,6 @@ class SplitCoordinator:
     @replies
     async def hold(self, split: int, stream: Stream) -> None:
         """Return when the stream is closed: until then its owner's death shows."""
-        stream = Stream(*stream)
         epochs = self._runner.epochs
         if not (epochs.is_closed(split, stream) or stream.consumer in epochs.dead):
             await self._runner.lifelines.hold(stream)
@@ -148,7 +144,6 @@ class SplitCoordinator:
     @replies
     async def report_death(self, split: int, stream: Stream) -> None:
         """Note that a consumer is dead, for those who know it sooner than Ray does."""
-        stream = Stream(*stream)
         self._runner.bury(split, stream)
         self._runner.lifelines.release(stream)
 
@@ -171,10 +166,10 @@ class SplitCoordinator:
         ``rows_ahead`` how many rows the stream has for whole batches, or below 0 how many the next
         batch lacks: on demand, what is asked for early is given when it is due.
         """
+        if trace is None:
+            return await self._pull(split, epoch, stream, cursor, progress, counters, rows_ahead)
         with self._spans.pull(split, epoch, trace) as noted:
-            answer = await self._pull(
-                split, epoch, Stream(*stream), cursor, progress, counters, rows_ahead
-            )
+            answer = await self._pull(split, epoch, stream, cursor, progress, counters, rows_ahead)
             if isinstance(answer, Delivery):
                 noted[SLICES] = len(answer.slices)
             return answer
@@ -216,7 +211,7 @@ class SplitCoordinator:
 
         With ``rows_ahead`` that is all the stream has by now, and its pull is not to wait longer.
         """
-        self._acknowledge(split, epoch, Stream(*stream), progress, counters, rows_ahead)
+        self._acknowledge(split, epoch, stream, progress, counters, rows_ahead)
 
     @replies
     async def notify_split_finished(
@@ -226,10 +221,9 @@ class SplitCoordinator:
 
         Without ``progress`` it never knew that its epoch had begun.
         """
-        stream = Stream(*stream)
         self._state.update(split, stream.consumer, counters)
         if progress is not None and self._runner.reads(split, stream):
-            self._runner.acknowledge(split, Progress(*progress))
+            self._runner.acknowledge(split, progress)
         self._runner.leave(split, stream, began=progress is not None)
         # Who leaves early, and last, goes on when nothing is produced any more.
         await self._runner.stopped()
@@ -302,4 +296,4 @@ class SplitCoordinator:
         self._state.update(split, stream.consumer, counters)
         if rows_ahead is not None:
             self._runner.distribution.ask(split, rows_ahead, counters)
-        self._runner.acknowledge(split, Progress(*progress))
+        self._runner.acknowledge(split, progress)

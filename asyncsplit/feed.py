@@ -112,7 +112,7 @@ class Feed:
                 return self._starting
             if self.spans is not None and not self.spans.opened.done():
                 return self.spans.opened
-            self._start(Started(*opened(self._starting)))
+            self._start(opened(self._starting))
         if not self._backlog and self._last:
             self._pipeline.finish()
             return None
@@ -189,7 +189,7 @@ class Feed:
             "start_epoch",
             self._consumer.reader,
             self._stream,
-            [self._lifeline],
+            self._lifeline,
             position,
             self._pipeline.shuffle,
             self._consumer.serialized_bytes,
@@ -204,7 +204,7 @@ class Feed:
             self.times.started_at = perf_counter()
             self._reading.start(started.position)
             if started.delivery is not None:
-                self._take(Delivery(*started.delivery))
+                self._take(started.delivery)
         self._starting = None
         if self.spans is not None:
             self.spans.started(started.epoch, started.trace)
@@ -245,7 +245,7 @@ class Feed:
             began = self.started.position
             if began.shuffle is not None:
                 self._pipeline.resume(reply.skipped, began.rows, began.shuffle.seed)
-        self._backlog.extend(_Pending(Slice(*part)) for part in reply.slices)
+        self._backlog.extend(map(_Pending, reply.slices))
         self._backlog_bytes += sum(part.size_bytes for part in reply.slices)
         self._cursor = reply.cursor + len(reply.slices)
         self._last = reply.end

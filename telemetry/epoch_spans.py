@@ -142,12 +142,10 @@ class EpochSpans:
         self._tracer.record(spans.REJOIN_SPAN, epoch.carrier, attributes, since_ns, links=links)
 
     @contextlib.contextmanager
-    def pull(
-        self, split: int, epoch: int, trace: Carrier | None
-    ) -> Iterator[dict[spans.Attribute, int]]:
+    def pull(self, split: int, epoch: int, trace: Carrier) -> Iterator[dict[spans.Attribute, int]]:
         """Record a pull if it takes long or fails; ``trace`` is the stream's span."""
         attributes: dict[spans.Attribute, int] = {}
-        if self._tracer is None or trace is None:
+        if self._tracer is None:
             yield attributes
             return
         since_ns, began = time.time_ns(), time.perf_counter()

@@ -231,7 +231,7 @@ class CoordinatorState:
         state.heard_at = time.monotonic()
         if state.consumer == consumer:
             return
-        state.consumer, state.latest = consumer, ConsumerCounters(*counters)
+        state.consumer, state.latest = consumer, counters
         state.ready_since = state.latest.batches
         if serialized_bytes and state.latest == NOTHING:
             self.serialized_bytes = serialized_bytes
@@ -241,11 +241,10 @@ class CoordinatorState:
     def update(self, split: int, consumer: str, counters: ConsumerCounters) -> None:
         """Take a consumer's totals; late messages and strangers' change nothing."""
         state = self.splits[split]
-        counters = ConsumerCounters(*counters)
         if state.consumer != consumer or counters < state.latest:
             return
         more = state.add(counters)
-        self.exemplars.update((each[0], Exemplar(*each)) for each in counters.exemplars)
+        self.exemplars.update((each[0], each) for each in counters.exemplars)
         state.heard_at = time.monotonic()
         if more.batches:
             state.batch_at = state.heard_at

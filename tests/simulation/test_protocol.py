@@ -142,7 +142,7 @@ class Reader:
             "start_epoch",
             self.split,
             self.stream,
-            [self.lifeline],
+            self.lifeline,
             position,
             None,
             0,
@@ -1045,7 +1045,7 @@ def test_who_shuffles_otherwise_while_a_restarted_coordinator_starts_begins_anew
     ) -> "asyncio.Future[Started | Failure]":
         stream, lifeline = Stream(reader.name, 1), cast("Any", Lifeline(reader))
         arriving = asyncio.ensure_future(
-            coordinator.start_epoch((0, stream, [lifeline], position, key, 0, COUNTERS)),
+            coordinator.start_epoch((0, stream, lifeline, position, key, 0, COUNTERS)),
             loop=job.loop,
         )
         job.loop.run_until_complete(asyncio.sleep(AT_ONCE_S))

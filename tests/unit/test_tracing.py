@@ -500,8 +500,7 @@ def test_exemplars_travel_from_a_wait_to_the_exposition() -> None:
         size = {"rows": 10, "batches": 1, "blocks": 1, "size_bytes": 1, "backlog_bytes": 0}
         counters = times.totals(seconds, **size)
         assert times.totals(seconds, **size).exemplars == (), "each is sent once"
-        # As it arrives: what was a named tuple is a tuple.
-        state.update(split, f"consumer {split}", tuple(counters))  # type: ignore[arg-type]
+        state.update(split, f"consumer {split}", counters)
     text = openmetrics(registry).decode()  # type: ignore[no-untyped-call]
     lines = [line for line in text.splitlines() if " # " in line]
     (line,) = lines
