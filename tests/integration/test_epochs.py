@@ -25,6 +25,19 @@ def thousand(blocks: int = 10) -> Dataset:
     return ray.data.range(1000, override_num_blocks=blocks)
 
 
+@pytest.fixture(scope="module")
+def single(ray_cluster: None) -> AsyncDataIterator:
+    """Return the only split of a dataset, for tests that leave it free."""
+    (it,) = asyncsplit.streaming_split(thousand(), 1)
+    return it
+
+
+@pytest.fixture(scope="module")
+def pair(ray_cluster: None) -> list[AsyncDataIterator]:
+    """Return two splits of a dataset, for tests that leave them free, and in the same epoch."""
+    return asyncsplit.streaming_split(thousand(), 2)
+
+
 async def test_equal_splits_repeat_for_each_epoch() -> None:
     its = asyncsplit.streaming_split(thousand(), 2, equal=True)
     for drive in DRIVES * 2:
@@ -128,8 +141,8 @@ async def test_more_splits_than_rows() -> None:
     assert sorted(chain(*await read_epoch(its))) == [0, 1, 2]
 
 
-async def test_an_epoch_waits_until_all_have_arrived() -> None:
-    first, second = asyncsplit.streaming_split(thousand(), 2)
+async def test_an_epoch_waits_until_all_have_arrived(pair: list[AsyncDataIterator]) -> None:
+    first, second = pair
     waiting = asyncio.create_task(read(first))
     await asyncio.wait({waiting}, timeout=0.5)
     assert not waiting.done()
@@ -166,10 +179,9 @@ async def test_order_is_kept_inside_bundles_of_several_blocks() -> None:
     assert ids == list(range(1000))
 
 
-async def test_an_intruder_gets_an_error_and_harms_nobody() -> None:
-    (it,) = asyncsplit.streaming_split(thousand(), 1)
-    intruder = cloudpickle.loads(cloudpickle.dumps(it))
-    async with it.iter_batches(batch_size=100) as rightful:
+async def test_an_intruder_gets_an_error_and_harms_nobody(single: AsyncDataIterator) -> None:
+    intruder = cloudpickle.loads(cloudpickle.dumps(single))
+    async with single.iter_batches(batch_size=100) as rightful:
         ids = (await anext(rightful))["id"].tolist()
         with pytest.raises(ConsumerConflictError, match="split 0 is already being consumed"):
             await read(intruder)
@@ -179,8 +191,8 @@ async def test_an_intruder_gets_an_error_and_harms_nobody() -> None:
     assert len(await read(intruder)) == 1000, "the split is free once its consumer is done"
 
 
-async def test_an_intruder_at_the_barrier_gets_an_error() -> None:
-    first, second = asyncsplit.streaming_split(thousand(), 2)
+async def test_an_intruder_at_the_barrier_gets_an_error(pair: list[AsyncDataIterator]) -> None:
+    first, second = pair
     copies = [cloudpickle.loads(cloudpickle.dumps(first)) for _ in range(2)]
     waiting = [asyncio.create_task(read(it)) for it in copies]
     done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -205,17 +217,16 @@ async def test_a_stream_that_only_a_full_collection_finds_is_not_in_the_way() ->
     assert len(await read(it)) == 100
 
 
-async def test_two_streams_of_one_iterator_at_a_time_are_refused() -> None:
-    (it,) = asyncsplit.streaming_split(thousand(), 1)
-    async with it.iter_batches(batch_size=100) as stream:
+async def test_two_streams_of_one_iterator_at_a_time_are_refused(single: AsyncDataIterator) -> None:
+    async with single.iter_batches(batch_size=100) as stream:
         await anext(stream)
         with pytest.raises(ConsumerConflictError, match="another stream of this iterator"):
-            await read(it)
+            await read(single)
         assert sum([len(batch["id"]) async for batch in stream]) == 900
 
 
-async def test_two_tasks_on_one_stream_are_refused() -> None:
-    first, second = asyncsplit.streaming_split(thousand(), 2)
+async def test_two_tasks_on_one_stream_are_refused(pair: list[AsyncDataIterator]) -> None:
+    first, second = pair
     async with first.iter_batches() as stream:
 
         async def is_open() -> bool:
@@ -228,19 +239,21 @@ async def test_two_tasks_on_one_stream_are_refused() -> None:
         await asyncio.gather(waiting, read(second))
 
 
-async def test_a_stream_that_ended_begins_the_next_epoch() -> None:
-    (it,) = asyncsplit.streaming_split(thousand(), 1)
-    stream = it.iter_batches(batch_size=None)
-    for epoch in range(2):
+async def test_a_stream_that_ended_begins_the_next_epoch(single: AsyncDataIterator) -> None:
+    stream = single.iter_batches(batch_size=None)
+    epochs = []
+    for _ in range(2):
         assert sum([len(batch["id"]) async for batch in stream]) == 1000
-        assert stream.statistics().epoch == epoch
+        epochs.append(stream.statistics().epoch)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
+    first, second = epochs
+    assert first is not None
+    assert second == first + 1
 
 
-async def test_rows_are_dicts() -> None:
-    (it,) = asyncsplit.streaming_split(thousand(), 1)
-    assert sorted([row["id"] async for row in it.iter_rows()]) == list(range(1000))
+async def test_rows_are_dicts(single: AsyncDataIterator) -> None:
+    assert sorted([row["id"] async for row in single.iter_rows()]) == list(range(1000))
 
 
 async def test_a_single_consumer_needs_no_split() -> None:
