@@ -100,7 +100,7 @@ class SplitOptions:
     routing: Routing = "rows"
     """Which split gets the next block: ``"rows"``, the one with the fewest rows so far, as
     upstream does; ``"demand"``, whoever is about to run out, so that a slow consumer holds nobody
-    up: each is given work for 50 ms at a time, or one block, and of the last blocks none that the
+    up: each is given work for 100 ms at a time, or one block, and of the last blocks none that the
     others would be through with sooner."""
 
     prefetch_bytes: int | None = None

@@ -7,7 +7,7 @@ from collections import deque
 from math import inf
 from statistics import median_low
 
-HORIZON_S = 0.05
+HORIZON_S = 0.1
 """Work for how long a consumer is given at once, if that is more than a block: each message costs
 about a millisecond of both processes, whatever it brings."""
 

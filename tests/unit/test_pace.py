@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asyncsplit.core.ledger import Ledger
-from asyncsplit.core.pace import HORIZON_S, PATIENCE, SLACK_S
+from asyncsplit.core.pace import HORIZON_S, PATIENCE
 from asyncsplit.core.routing import Part, make_router
 
 BUDGET = 10**9
@@ -186,9 +186,8 @@ def test_who_lacks_rows_for_a_batch_gets_them_together_and_small_blocks_for_a_wh
     ledger.acknowledge(0, 20, fed=2)
     ledger.route(20.0)
     assert log.waiting == 10, "a batch of 100 rows"
-    ledger.ask(0, 0, 120, 20.2, 20.2)
+    ledger.ask(0, 0, 120, 20.3, 20.3)
     ledger.acknowledge(0, 120, fed=12)
-    ledger.route(20.2)
-    assert log.waiting == 3, "0.002 s for a row"
-    assert 2 * 10 * 0.002 < HORIZON_S < 3 * 10 * 0.002
-    assert SLACK_S < HORIZON_S
+    ledger.route(20.3)
+    assert log.waiting == 4, "0.003 s for a row"
+    assert 3 * 10 * 0.003 < HORIZON_S < 4 * 10 * 0.003
