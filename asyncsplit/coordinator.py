@@ -26,6 +26,7 @@ from asyncsplit.journal import Journal
 from asyncsplit.options import SplitOptions
 from asyncsplit.parcel import unpack
 from asyncsplit.runner import EpochRunner
+from asyncsplit.sharing import Sharing
 from asyncsplit.telemetry.counters import ConsumerCounters
 from asyncsplit.telemetry.epoch_spans import EpochSpans
 from asyncsplit.telemetry.outlets import Outlets
@@ -61,16 +62,11 @@ class SplitCoordinator:
         self._guard = Guard(dataset, blocking, self._state)
         tracing = Tracing.of(options.telemetry, dataset.name)
         self._spans = EpochSpans(tracing and tracing.open(), n * options.replicas)
-        # Ray Data ignores locality where order must be kept; so do we, or the same blocks would
-        # not be routed the same way twice.
         keeps_order = dataset.context.execution_options.preserve_order
         self._journal = Journal(engine.actor_file(), n * options.replicas)
         self._runner = EpochRunner(
-            n,
-            equal=equal,
-            hints=None if keeps_order else locality_hints,
-            keeps_order=keeps_order,
-            options=options,
+            Sharing(n, equal, locality_hints, options, keeps_order=keeps_order),
+            options,
             guard=self._guard,
             state=self._state,
             journal=self._journal,
@@ -190,7 +186,7 @@ class SplitCoordinator:
         self._acknowledge(split, epoch, stream, progress, counters, rows_ahead)
         delivery = self._runner.distribution.read(split, cursor)
         while not (delivery.slices or delivery.end):
-            if not await self._runner.distribution.news(split, self._runner.tick()):
+            if not await self._runner.distribution.news(split, self._runner.waits.tick()):
                 break
             self._runner.check(split, epoch, stream)
             delivery = self._runner.distribution.read(split, cursor)
@@ -232,9 +228,9 @@ class SplitCoordinator:
     async def get_dataset_schema(
         self, during_execution: DuringExecution, trace: Carrier | None = None
     ) -> Schema | None:
-        """Return the dataset's schema; see `Guard.schema`. ``trace`` is the caller's span."""
+        """Return the dataset's schema; see `EpochRunner.schema`. ``trace`` is the caller's span."""
         with self._spans.schema(during_execution, trace):
-            return await self._guard.schema(during_execution)
+            return await self._runner.schema(during_execution)
 
     @replies
     async def get_dataset_context(self) -> DataContext:
@@ -292,7 +288,7 @@ class SplitCoordinator:
         rows_ahead: int | None,
     ) -> None:
         self._runner.check(split, epoch, stream)
-        self._runner.hear(split)
+        self._runner.waits.hear(split)
         self._state.update(split, stream.consumer, counters)
         if rows_ahead is not None:
             self._runner.distribution.ask(split, rows_ahead, counters)

@@ -42,10 +42,11 @@ class Distribution:
         self.waiting_since: dict[int, float] = {}
         """When the pulls began that wait now, by split; of those that came early, when not any
         more."""
+        self.stopped = False
+        """Whether the epoch was given up, or is over."""
         self._guard = guard
         self._ended = ended
         self._pump: Pump | None = None
-        self._stopped = False
         self._replays: list[Replay] = []
         self._pulls: dict[int, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -56,7 +57,7 @@ class Distribution:
 
     def start(self, execution: engine.Execution, name: str, clock: PumpClock) -> None:
         """Begin to take blocks from an execution, on a thread of that name; not after `stop`."""
-        if self._stopped:
+        if self.stopped:
             return
         self._pump = Pump(execution, self._receive, name, clock)
         self._settle()
@@ -72,7 +73,7 @@ class Distribution:
         Returns:
             What blocks until the execution is used no more: soon after its shutdown.
         """
-        self._stopped = True
+        self.stopped = True
         self._set_timer(None)
         for split in self._pulls:
             self._wake(split)
@@ -193,7 +194,7 @@ class Distribution:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None
-        if at is not None and not self._stopped:
+        if at is not None and not self.stopped:
             self._timer = asyncio.get_running_loop().call_at(at, self._settle)
 
     def _fail(self, error: BaseException) -> None:

@@ -25,6 +25,9 @@ _R = TypeVar("_R")
 
 DuringExecution = Literal["raise", "observed", "wait"]
 
+Settle = Callable[[], None]
+"""Blocks until somebody uses an execution no more that is shut down."""
+
 
 class Guard:
     """Owns the dataset's only executor and the schema computed once."""
@@ -49,12 +52,15 @@ class Guard:
         """Whether the dataset is being executed."""
         return not self._idle.is_set()
 
-    async def schema(self, during_execution: DuringExecution) -> Schema | None:
+    async def schema(
+        self, during_execution: DuringExecution, make_way: Callable[[], Settle | None]
+    ) -> Schema | None:
         """Return the dataset's schema, computing it at most once.
 
         While the dataset is being executed and the schema is not cached: ``"raise"`` raises,
         ``"observed"`` returns the schema of the epoch's first block as soon as there is one,
-        ``"wait"`` waits for the execution to end.
+        ``"wait"`` waits for the execution to end. ``make_way`` is asked before: it gives up an
+        execution that nobody needs yet, and returns None if there is no such one.
 
         Raises:
             ExecutionActiveError: With ``"raise"``, if the dataset is being executed.
@@ -64,7 +70,7 @@ class Guard:
                 if self._schema is not None:
                     self._state.schema_requests["hit"] += 1
                     return self._schema
-                if not self.active:
+                if not self.active or await self._ended_by(make_way()):
                     self._state.schema_requests["miss"] += 1
                     self._schema = await self._blocking(engine.dataset_schema, self._dataset)
                     return self._schema
@@ -87,11 +93,18 @@ class Guard:
                 return engine.observed_schema(found, self._context)
             await self._idle.wait()
 
-    async def start(self, epoch: int) -> engine.Execution:
-        """Start the dataset's executor for an epoch; whatever keeps it from starting is raised."""
+    async def start(
+        self, epoch: int, settle: Settle | None, wanted: Callable[[], bool]
+    ) -> engine.Execution | None:
+        """Start the dataset's executor for an epoch; whatever keeps it from starting is raised.
+
+        One that still runs is shut down first; ``settle`` is as for `stop`. Nothing starts, and
+        None is returned, unless it is ``wanted`` still when it is its turn.
+        """
         async with self._held():
-            if self._execution is not None:
-                await self._blocking(self._execution.shutdown)
+            if not wanted():
+                return None
+            await self._shut_down(settle)
             self._idle.clear()
             self._state.executor = "starting"
             self._observed = asyncio.get_running_loop().create_future()
@@ -135,23 +148,13 @@ class Guard:
         lost.__cause__ = error
         return lost
 
-    async def stop(self, *settle: Callable[[], None]) -> None:
+    async def stop(self, *settle: Settle | None) -> None:
         """Shut the running executor down, if there is one, and let go of its blocks.
 
         Each of ``settle`` blocks until somebody else uses the execution no more.
         """
         async with self._held():
-            if self._execution is not None:
-                self._state.executor = "stopping"
-                await self._blocking(self._execution.shutdown)
-            if self._execution is not None and self.active:
-                # One that is stopped early keeps blocks nobody took, and is full of cycles.
-                self._stats = await self._blocking(self._execution.stats)
-                self._execution = None
-                for each in settle:
-                    await self._blocking(each)
-                await self._blocking(gc.collect)
-            self._ended()
+            await self._shut_down(*settle)
 
     def close(self) -> None:
         """Shut the running executor down at once, from any thread, for good."""
@@ -163,6 +166,25 @@ class Guard:
         if self._execution is not None:
             return await self._blocking(self._execution.stats)
         return self._stats or str(await self._blocking(self._dataset.stats))
+
+    async def _ended_by(self, settle: Settle | None) -> bool:
+        if settle is None:
+            return False
+        await self._shut_down(settle)
+        return True
+
+    async def _shut_down(self, *settle: Settle | None) -> None:
+        if self._execution is not None:
+            self._state.executor = "stopping"
+            await self._blocking(self._execution.shutdown)
+        if self._execution is not None and self.active:
+            # One that is stopped early keeps blocks nobody took, and is full of cycles.
+            self._stats = await self._blocking(self._execution.stats)
+            self._execution = None
+            for each in filter(None, settle):
+                await self._blocking(each)
+            await self._blocking(gc.collect)
+        self._ended()
 
     @contextlib.asynccontextmanager
     async def _held(self) -> AsyncIterator[None]:

@@ -132,9 +132,9 @@ class SplitOptions:
 
     epochs: int | None = None
     """How many epochs there will be, if that is known. The executor then starts on the next one as
-    soon as it is through with the last, so that blocks are there when all have arrived. They
-    take as much memory as those still being read, `prefetch_bytes` for each split. A further
-    epoch is no error: it starts when all have arrived, as all do with None."""
+    soon as it is through with the last, not only when somebody waits for it, so that blocks are
+    there when all have arrived. They take as much memory as those still being read,
+    `prefetch_bytes` for each split. A further epoch is no error: it starts as all do with None."""
 
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     """Where the figures go."""

@@ -784,20 +784,22 @@ CATALOG = (
         "gauge",
         "bytes",
         _DATASET,
-        "Bytes of blocks assigned to splits and not wholly committed.",
+        "Bytes of blocks assigned to splits and not wholly committed, also of the next epoch if it"
+        " was started ahead.",
         "coordinator",
         "Bytes held",
-        _whole(lambda state: 0 if state.ledger is None else state.ledger.leased_bytes),
+        _whole(lambda state: sum(ledger.leased_bytes for ledger in state.ledgers)),
     ),
     Metric(
         "asyncsplit_unassigned_bytes",
         "gauge",
         "bytes",
         _DATASET,
-        "Bytes of blocks taken from the executor and not assigned to a split.",
+        "Bytes of blocks taken from the executor and not assigned to a split, also of the next"
+        " epoch if it was started ahead.",
         "coordinator",
         "Bytes held",
-        _whole(lambda state: 0 if state.ledger is None else state.ledger.router.unassigned_bytes),
+        _whole(lambda state: sum(each.router.unassigned_bytes for each in state.ledgers)),
     ),
     Metric(
         "asyncsplit_truncated_rows_total",

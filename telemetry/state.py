@@ -139,6 +139,8 @@ class CoordinatorState:
 
     distribution: "Callable[[], Distribution] | None" = None
     """What the coordinator distributes now: not held, or its blocks would be kept."""
+    ahead: "Callable[[], Distribution | None]" = lambda: None
+    """The next epoch's, if that was started before its barrier has opened."""
     epochs_now: Epochs | None = None
     liveness: Liveness | None = None
     """The coordinator's own, only read here: numbers, and the members of sets and dicts."""
@@ -201,14 +203,28 @@ class CoordinatorState:
         splits = [SplitState() for _ in range(n)]
         return cls(dataset, splits, name or "dataset", distribution=distribution)
 
-    def watch(self, epochs: Epochs, liveness: Liveness, arrived_at: Mapping[int, float]) -> None:
+    def watch(
+        self,
+        epochs: Epochs,
+        liveness: Liveness,
+        arrived_at: Mapping[int, float],
+        ahead: "Callable[[], Distribution | None]" = lambda: None,
+    ) -> None:
         """Read these, too, at each scrape."""
         self.epochs_now, self.liveness, self.arrived_at = epochs, liveness, arrived_at
+        self.ahead = ahead
 
     @property
     def ledger(self) -> Ledger | None:
         """The ledger of the epoch under way."""
         return None if self.distribution is None else self.distribution().ledger
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """That, and the one of the next epoch, if it was started ahead."""
+        ahead = self.ahead()
+        present = [] if self.ledger is None else [self.ledger]
+        return present if ahead is None else [*present, ahead.ledger]
 
     @property
     def pulled_at(self) -> Mapping[int, float]:

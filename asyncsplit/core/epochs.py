@@ -97,6 +97,32 @@ class Epochs:
         """Whether the barrier can open: no epoch is under way and each split has arrived."""
         return self.phase is Phase.WAITING and not self.missing
 
+    def is_awaited(self, total: int | None = None) -> bool:
+        """Tell whether another epoch will come: somebody waits for it, or all ``total`` do come."""
+        return bool(self.arrived) or self.epoch + 1 < (total or 0)
+
+    def is_executed(self, *, exhausted: bool) -> bool:
+        """Tell whether what is executed, if anything is, is for the epoch under way.
+
+        Else it was started ahead, or is about to be stopped. ``exhausted`` says whether that epoch
+        has had all its blocks.
+        """
+        return self.phase is Phase.STARTING or (self.phase is Phase.RUNNING and not exhausted)
+
+    def may_start_ahead(self, *, exhausted: bool, total: int | None = None) -> bool:
+        """Tell whether the executor may start for the next epoch before its barrier opens.
+
+        It is certain that one comes, and that it begins with its first row; and nothing is
+        executed for the one under way, which is what ``exhausted`` says. The first one never may:
+        until all are there, the dataset is the user's. ``total`` is how many there will be, if
+        that is known.
+        """
+        if self.is_executed(exhausted=exhausted) or self.epoch < 0 or self.noted is not None:
+            return False
+        if self._stand(self.epoch + 1):
+            return False
+        return self.is_awaited(total if self.phase is Phase.RUNNING else None)
+
     def superseded_by(self, split: int, stream: Stream) -> Stream | None:
         """Return the consumer's earlier stream, if its closing message has not come yet."""
         running = self.active.get(split)
@@ -239,17 +265,22 @@ class Epochs:
         """
         if self.noted is not None:
             return self._open_again(self.noted)
-        positions, self.positions = self.positions, {}
         if self.epoch < 0:
-            self.epoch = min((p.epoch for p in positions.values()), default=0) - 1
+            self.epoch = min((p.epoch for p in self.positions.values()), default=0) - 1
         self.epoch += 1
         self.phase = Phase.STARTING
-        finished = {s for s, p in positions.items() if p.epoch == self.epoch + 1}
+        resume = self._stand(self.epoch)
+        finished = {s for s, p in resume.items() if p.rows == FINISHED}
         self.active = {s: v for s, v in self.arrived.items() if s not in finished}
         self.arrived = {s: v for s, v in self.arrived.items() if s in finished}
-        self.positions = {s: positions[s] for s in finished}
-        past = dict.fromkeys(finished, Position(self.epoch, rows=FINISHED))
-        here = {s: p for s, p in positions.items() if p.epoch == self.epoch}
+        self.positions = {s: self.positions[s] for s in finished}
+        return resume
+
+    def _stand(self, epoch: int) -> dict[int, Position]:
+        """Return where those who have arrived stand that are in an epoch, or past it."""
+        known = {s: self.positions[s] for s in self.arrived if s in self.positions}
+        past = {s: Position(epoch, rows=FINISHED) for s, p in known.items() if p.epoch == epoch + 1}
+        here = {s: p for s, p in known.items() if p.epoch == epoch}
         begun = {s: p for s, p in here.items() if p.has_begun or p.earlier}
         # A state that says "nothing yet" is a state too, where others have read something.
         unbegun = {s: p for s, p in here.items() if p.saved} if begun else {}

@@ -1,5 +1,6 @@
 """Epochs that are started before all have arrived, because it is known that they come."""
 
+import asyncio
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.integration.consume import eventually, read, read_epoch, stopped
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-def splits(n: int, epochs: int, **options: Any) -> list[AsyncDataIterator]:
+def splits(n: int, epochs: int | None, **options: Any) -> list[AsyncDataIterator]:
     dataset = ray.data.range(1000, override_num_blocks=10)
     return asyncsplit.streaming_split(dataset, n, options=SplitOptions(epochs=epochs, **options))
 
@@ -66,6 +67,35 @@ async def test_an_epoch_left_early_starts_none_ahead() -> None:
         await anext(stream)
     await eventually(lambda: stopped(its[0]))
     assert await read(its[0]) == list(range(1000))
+
+
+async def test_the_first_to_arrive_has_the_next_epoch_started_which_makes_way_for_schema() -> None:
+    dataset = ray.data.range(1000, override_num_blocks=10).map_batches(lambda batch: batch)
+    its = asyncsplit.streaming_split(dataset, 2)
+    await read_epoch(its)
+    await eventually(lambda: stopped(its[0]))
+    first = asyncio.create_task(read(its[0]))
+    await eventually(lambda: has_blocks(its[1]))
+    schema = await its[1].schema()
+    assert schema is not None
+    assert schema.names == ["id"]
+    await eventually(lambda: has_blocks(its[1]))
+    status = await its[1].status()
+    assert status.schema_requests == {"hit": 0, "miss": 1, "observed": 0, "rejected": 0}
+    assert sorted([*await read(its[1]), *await first]) == list(range(1000))
+
+    async with its[0].iter_batches() as stream:
+        waits = asyncio.create_task(anext(stream))
+        await eventually(lambda: has_blocks(its[1]))
+        waits.cancel()
+        await asyncio.wait({waits})
+
+    async def gone() -> bool:
+        status = await its[1].status()
+        return not status.executing and status.held_bytes == 0
+
+    await eventually(gone)
+    assert sorted(chain(*await read_epoch(its))) == list(range(1000))
 
 
 async def test_an_error_of_the_next_epoch_is_raised_there() -> None:

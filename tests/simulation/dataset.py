@@ -104,6 +104,16 @@ class FakeDataset:
     running: "FakeExecution | None" = None
     pumps: "list[PumpThread]" = field(default_factory=list)
 
+    def schema(self) -> pa.Schema:
+        """Execute a part to find out, as `Dataset.schema` may have to."""
+        assert self.is_idle, "two executors at a time"
+        return pa.schema([("id", pa.int64())])
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is executed."""
+        return self.running is None or self.running.is_over
+
     @property
     def largest_bundle_bytes(self) -> int:
         """What the pump may take beyond its credit."""
@@ -149,6 +159,8 @@ class FakeExecution:
         self._bundles = dataset.bundles(epoch)
         self.dataset = dataset
         self.epoch = epoch
+        self.is_over = False
+        """Whether it was shut down, or has come to its end."""
         self._shut = False
 
     @classmethod
@@ -164,7 +176,11 @@ class FakeExecution:
         """Return the next one, of which nobody has to wait for here: see `PumpThread`."""
         if self._shut:
             raise StopIteration
-        return next(self._bundles)
+        try:
+            return next(self._bundles)
+        except StopIteration:
+            self.is_over = True
+            raise
 
     def report_consumer_bytes(self, held_bytes: int) -> None:
         assert held_bytes >= 0
@@ -173,7 +189,7 @@ class FakeExecution:
         pass
 
     def shutdown(self) -> None:
-        self._shut = True
+        self._shut = self.is_over = True
 
     def stats(self) -> str:
         return ""

@@ -33,6 +33,7 @@ from asyncsplit.errors import (
     ConsumerConflictError,
     ConsumerLostError,
     CoordinatorLostError,
+    ExecutionActiveError,
     StaleEpochError,
     StateMismatchError,
     StreamClosedError,
@@ -350,6 +351,7 @@ class Job:
             slow_start_s=0.3,
             context=Context(preserve_order=self.in_order),
         )
+        self.dataset = dataset
         dataset.sizes = self.sizes
         loop.seconds_of = dataset.seconds_of
         options = SplitOptions(
@@ -644,6 +646,10 @@ class Job:
                 self.fenced.add(before)
                 self.places[split] = stream
                 self.bounds[split] = ledger.logs[split].leased_bytes
+        for ahead in runner.distributions[1:]:
+            assert epochs.arrived, "nobody waits for what was started ahead"
+            for log in ahead.ledger.logs:
+                assert log.waiting_bytes < self.budget + max(self.sizes) * ROW_BYTES
         if epochs.phase is not Phase.RUNNING:
             self.bounds.clear()
             return
@@ -877,6 +883,26 @@ class ProtocolMachine(RuleBasedStateMachine):
             if call.method != "hold" and not call.reader.ousted
         ]
         assert not waiting, f"{waiting} wait for ever"
+        if self.job.coordinator._runner.epochs.phase is Phase.WAITING:
+            assert self.job.dataset.is_idle, "what nobody waits for is executed"
+
+    @rule()
+    def the_schema_is_asked_for(self) -> None:
+        """It is refused while an epoch is executed that has begun, not for one started ahead."""
+        job, epochs = self.job, self.job.coordinator._runner.epochs
+
+        async def ask() -> None:
+            began = epochs.epoch, epochs.phase
+            reply = await job.coordinator.get_dataset_schema(("raise",))
+            if isinstance(reply, Failure):
+                assert isinstance(reply.unpack(), ExecutionActiveError)
+                now = epochs.epoch, epochs.phase
+                waited = began == now == (epochs.epoch, Phase.WAITING)
+                assert not waited, "it was refused for an epoch that had not begun"
+
+        asking = job.loop.create_task(ask())
+        job.pass_time(1.0)
+        asking.result()
 
     @rule()
     def the_coordinator_dies(self) -> None:

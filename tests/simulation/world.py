@@ -24,8 +24,8 @@ import asyncsplit.distribution
 import asyncsplit.feed
 import asyncsplit.guard
 import asyncsplit.pump
-import asyncsplit.runner
 import asyncsplit.stream
+import asyncsplit.waits
 from asyncsplit import engine
 from asyncsplit.coordinator import SplitCoordinator
 from asyncsplit.core.epochs import Phase
@@ -40,6 +40,7 @@ from asyncsplit.iterator import AsyncDataIterator
 from asyncsplit.options import SplitOptions, TelemetryConfig
 from asyncsplit.stream import BatchStream
 from asyncsplit.telemetry.tracing import Tracer, Tracing
+from asyncsplit.wire import Failure
 from tests.simulation import dataset as fakes
 from tests.simulation.clock import VirtualLoop
 from tests.simulation.dataset import Context, DatasetError, FakeDataset, FakeExecution
@@ -86,6 +87,8 @@ class Plan:
     """Whether the coordinator knows how many epochs there are, and starts them ahead."""
     in_order: bool
     """Whether the dataset says that it preserves order."""
+    asks_after_s: tuple[float, ...] = ()
+    """When somebody asks for the schema."""
     replicas: int = 1
     """How many consumers share each split; what is called a split below is then one of them."""
 
@@ -145,6 +148,7 @@ class Plan:
             ._padded(later)
             ._ordered(later)
             ._replicated(later)
+            ._asking(later)
         )
 
     def _padded(self, later: random.Random) -> "Plan":
@@ -158,6 +162,11 @@ class Plan:
     def _replicated(self, later: random.Random) -> "Plan":
         """Have several consumers share each split in some of the plans."""
         return replace(self, replicas=later.choice((2, 3)) if later.random() < 0.25 else 1)
+
+    def _asking(self, later: random.Random) -> "Plan":
+        """Have the schema asked for in half of the plans."""
+        asks = later.choice((0, 3))
+        return replace(self, asks_after_s=tuple(later.uniform(0.0, 5.0) for _ in range(asks)))
 
 
 class World:
@@ -235,6 +244,7 @@ class World:
         everything = [self.loop.create_task(self.cause_trouble())]
         for split in range(self.plan.readers):
             self.spawn(split, self.random.choice((0.0, 0.0, 1.0)))
+        everything += [self.loop.create_task(self.ask(s)) for s in self.plan.asks_after_s]
         if self.plan.shut_down_after_s is not None:
             everything.append(self.loop.create_task(self.shut_down(self.plan.shut_down_after_s)))
         try:
@@ -255,6 +265,7 @@ class World:
         parked = self.network.parked(but="hold" if weather.slow or weather.lost else "")
         assert not parked, f"never answered: {parked}"
         assert all(pump.ended for pump in self.oracle.dataset.pumps), "a pump's thread is left"
+        assert self.oracle.dataset.is_idle, "an executor is left"
 
     def describe(self) -> str:
         """Return where everybody is."""
@@ -302,6 +313,18 @@ class World:
         self.say("suspect", self.consumers[split].name, f"{split=}")
         self.network.send(Process("master"), "report_death", ((split, stream),))
         self.spawn(split, self.random.uniform(0, 2.0))
+
+    async def ask(self, after_s: float) -> None:
+        """Ask for the schema, which is refused only while an epoch is executed that has begun."""
+        await asyncio.sleep(after_s)
+        epochs = self.coordinator._runner.epochs
+        before = epochs.epoch, epochs.phase
+        reply = await self.coordinator.get_dataset_schema(("raise",))
+        self.say("the schema is", reply)
+        if isinstance(reply, Failure) and (
+            before == (epochs.epoch, Phase.WAITING) and epochs.phase is Phase.WAITING
+        ):
+            self.errors.append(reply.unpack())
 
     async def shut_down(self, after_s: float) -> None:
         """Shut the split down; all consumers hear of it."""
@@ -463,6 +486,7 @@ def fakes_installed() -> Iterator[None]:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         put(engine, "actor_file", lambda: directory / _actor)
         put(engine, "Execution", FakeExecution)
+        put(engine, "dataset_schema", FakeDataset.schema)
         put(engine, "dataset_tag", lambda dataset: "simulated")
         put(engine, "use_context", lambda context: None)
         put(engine, "node_id", lambda: "node")
@@ -474,7 +498,7 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.feed, "GROUP_BYTES", 16 * fakes.ROW_BYTES)
         put(asyncsplit.feed, "perf_counter", _now)
         put(asyncsplit.stream, "perf_counter", _now)
-        put(asyncsplit.runner, "time", SimpleNamespace(monotonic=_now))
+        put(asyncsplit.waits, "time", SimpleNamespace(monotonic=_now))
         put(asyncsplit.coordinator, "unpack", itemgetter(0))
         put(asyncsplit.distribution, "MAX_SLICES", 3)
         put(asyncsplit.pump, "threading", fakes.PUMP_THREADING)

@@ -481,3 +481,83 @@ def test_who_was_replaced_before_a_restart_does_not_replace_its_replacement() ->
     with pytest.raises(ConsumerConflictError, match="was replaced in split 0"):
         epochs.arrive(0, Stream("replaced", 2), Position(0, 4, 7, fed=1))
     assert epochs.arrive(0, Stream("replaced", 3)), "anew it may"
+
+
+def test_nobody_has_to_wait_for_the_first_epoch_to_be_started_ahead() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1)
+    assert not epochs.may_start_ahead(exhausted=True, total=3)
+
+
+def test_the_next_epoch_may_start_when_somebody_waits_and_nothing_is_executed() -> None:
+    epochs = running()
+    assert not epochs.may_start_ahead(exhausted=True)
+    epochs.leave(0, A1)
+    epochs.arrive(0, A2)
+    assert not epochs.may_start_ahead(exhausted=False)
+    assert epochs.may_start_ahead(exhausted=True)
+    epochs.leave(1, B1)
+    epochs.over()
+    assert epochs.may_start_ahead(exhausted=False)
+    epochs.leave(0, A2)
+    assert not epochs.may_start_ahead(exhausted=False)
+    assert not epochs.is_awaited()
+    for split, stream in enumerate((Stream("a", 3), Stream("b", 2))):
+        epochs.arrive(split, stream)
+    epochs.open()
+    assert not epochs.may_start_ahead(exhausted=True), "it is the one that starts now"
+
+
+def test_an_epoch_that_is_known_to_come_may_start_as_soon_as_the_last_is_exhausted() -> None:
+    epochs = running()
+    assert not epochs.may_start_ahead(exhausted=False, total=2)
+    assert epochs.may_start_ahead(exhausted=True, total=2)
+    assert not epochs.may_start_ahead(exhausted=True, total=1)
+    epochs.over()
+    assert epochs.is_awaited(total=2)
+    assert not epochs.may_start_ahead(exhausted=False, total=2), "it was left early, or has failed"
+
+
+@pytest.mark.parametrize(
+    ("position", "may"),
+    [
+        (Position(1), True),
+        (Position(1, saved=True), True),
+        (Position(1, 10, fed=1), False),
+        (Position(1, fed=1), False),
+        (Position(1, earlier=((Past(3, 0),),)), False),
+        (Position(2), False),
+    ],
+)
+def test_an_epoch_that_somebody_has_begun_may_not_start_ahead(
+    position: Position, may: bool
+) -> None:
+    epochs = restarted(0, {})
+    epochs.arrive(0, A1, position)
+    assert epochs.may_start_ahead(exhausted=False) is may
+    epochs.leave(0, A1)
+    epochs.arrive(1, B1)
+    assert epochs.may_start_ahead(exhausted=False), "what counts is who waits now"
+
+
+def test_an_epoch_that_a_coordinator_died_in_may_not_start_ahead() -> None:
+    epochs = restarted(1, {0: Position(1), 1: Position(1)})
+    epochs.arrive(0, A1, Position(1, 3, fed=1))
+    assert not epochs.may_start_ahead(exhausted=True)
+    epochs.leave(0, A1)
+    epochs.abandon()
+    epochs.arrive(0, A2, Position(2))
+    assert epochs.may_start_ahead(exhausted=True)
+
+
+def test_what_is_executed_is_for_the_epoch_under_way_until_that_has_all_its_blocks() -> None:
+    epochs = Epochs(1)
+    assert not epochs.is_executed(exhausted=False)
+    epochs.arrive(0, A1)
+    epochs.open()
+    assert epochs.is_executed(exhausted=False)
+    epochs.started()
+    assert epochs.is_executed(exhausted=False)
+    assert not epochs.is_executed(exhausted=True)
+    epochs.over()
+    assert not epochs.is_executed(exhausted=False), "it is being stopped"

@@ -159,6 +159,19 @@ def part(rows: int) -> Part:
     return Part(object(), 0, rows, 10 * rows, None)
 
 
+def test_bytes_held_are_those_of_the_epoch_started_ahead_too() -> None:
+    job, ahead = Job(1), Job(1)
+    job.state.watch(job.epochs, job.liveness, job.arrived_at, lambda: ahead.distribution)
+    for each in (job, ahead):
+        each.ledger.produce([part(100), part(1)])
+        each.ledger.route()
+    assert ahead.ledger.leased_bytes + ahead.ledger.router.unassigned_bytes == 1010
+    assert job.value("asyncsplit_leased_bytes") == 2 * ahead.ledger.leased_bytes
+    unassigned = ahead.ledger.router.unassigned_bytes
+    assert job.value("asyncsplit_unassigned_bytes") == 2 * unassigned
+    assert job.by_split("split_waiting_bytes") == [ahead.ledger.leased_bytes], "of the one read"
+
+
 def test_rows_bytes_and_skew_are_those_of_the_ledger() -> None:
     job = Job(2)
     job.arrive(0, 1)

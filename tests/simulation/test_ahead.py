@@ -1,0 +1,204 @@
+"""Epochs that are started for the first to arrive, by the real coordinator in simulated time."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from asyncsplit.core.epochs import Phase
+from asyncsplit.core.position import Position, fingerprint
+from asyncsplit.errors import ExecutionActiveError
+from asyncsplit.runner import EpochRunner
+from asyncsplit.wire import Failure
+from tests.simulation.dataset import DatasetError, FakeExecution
+from tests.simulation.test_protocol import BARRIER_S, Job, ProtocolMachine
+
+
+@pytest.fixture
+def machine() -> Iterator[ProtocolMachine]:
+    """Return one that has read an epoch of two splits, of which the first waits for another."""
+    machine = ProtocolMachine()
+    machine.start(n=2, mode=(True, "rows", True), sizes=[4] * 8, budget=1000)
+    try:
+        read_until(machine, {0})
+        for reader in machine.job.readers.values():
+            reader.close(ended=True)
+        machine.deliver_all()
+        come(machine, 0)
+        yield machine
+    finally:
+        machine.job.close()
+        machine.fakes.close()
+
+
+def runner(job: Job) -> EpochRunner:
+    return job.coordinator._runner
+
+
+def read_until(machine: ProtocolMachine, whole: set[int]) -> None:
+    """Have all read until these epochs are whole."""
+    for _ in range(100):
+        if machine.job.whole() == whole:
+            return
+        machine.step(4)
+    raise AssertionError(f"{machine.job.whole()} are")
+
+
+def come(machine: ProtocolMachine, split: int) -> None:
+    """Have a split's consumer arrive at the barrier, and time pass in which to start."""
+    machine.job.readers[split].open()
+    machine.deliver_all()
+    machine.job.pass_time(1.0)
+
+
+def ask(job: Job) -> Any:
+    return job.loop.run_until_complete(job.coordinator.get_dataset_schema(("raise",)))
+
+
+def test_the_first_to_arrive_has_the_next_epoch_started(machine: ProtocolMachine) -> None:
+    job = machine.job
+    (ahead,) = runner(job).distributions[1:]
+    assert ahead.ledger.produced_rows
+    assert runner(job).epochs.phase is Phase.WAITING
+    job.readers[1].open()
+    machine.deliver_all()
+    assert runner(job).distributions == [ahead]
+    started = [reader.started for reader in job.readers.values()]
+    assert all(each is not None and each.delivery is not None for each in started)
+    read_until(machine, {0, 1})
+
+
+def test_while_one_still_reads_what_is_there_the_next_epoch_is_started() -> None:
+    machine = ProtocolMachine()
+    machine.start(n=2, mode=(True, "rows", True), sizes=[4] * 8, budget=1000)
+    job = machine.job
+    try:
+        job.readers[1].open()
+        while runner(job).epochs.epoch < 1 and len(runner(job).distributions) == 1:
+            job.readers[0].act(4, 1.0)
+            machine.deliver_all()
+            job.pass_time(0.1)
+        assert (runner(job).epochs.epoch, runner(job).epochs.phase) == (0, Phase.RUNNING)
+        assert list(runner(job).epochs.active) == [1], "the other one waits for the next"
+        read_until(machine, {0, 1})
+    finally:
+        job.close()
+        machine.fakes.close()
+
+
+def leave(machine: ProtocolMachine) -> None:
+    machine.job.readers[0].close()
+    machine.deliver_all()
+
+
+def die(machine: ProtocolMachine) -> None:
+    machine.job.kill(0, 0.0)
+
+
+def wait_too_long(machine: ProtocolMachine) -> None:
+    machine.job.pass_time(BARRIER_S + 2.0)
+    assert machine.job.readers[0].stream is None, "it is told"
+
+
+def shut_down(machine: ProtocolMachine) -> None:
+    job = machine.job
+    job.loop.run_until_complete(job.coordinator.shutdown_executor(()))
+
+
+@pytest.mark.parametrize("end", [leave, die, wait_too_long, shut_down])
+@pytest.mark.parametrize("produced", [True, False])
+def test_when_nobody_waits_any_more_what_was_started_is_stopped(
+    end: Callable[[ProtocolMachine], None], produced: bool, machine: ProtocolMachine
+) -> None:
+    job = machine.job
+    if not produced:  # the executor is just being started
+        leave(machine)
+        job.pass_time(1.0)
+        job.readers[0].open()
+        machine.deliver_all()
+        assert len(runner(job).distributions) == 2
+    end(machine)
+    job.pass_time(1.0)
+    assert job.dataset.is_idle
+    assert all(pump.ended for pump in job.dataset.pumps)
+    assert runner(job).distribution.ledger.held_bytes == 0
+    if end is shut_down:
+        assert runner(job).epochs.phase is Phase.WAITING
+        return
+    assert len(runner(job).distributions) == 1
+    if end is die:
+        job.spawn(0)
+    read_until(machine, {0, 1})
+
+
+def test_schema_does_not_have_to_wait_for_what_was_started_ahead(
+    machine: ProtocolMachine,
+) -> None:
+    job = machine.job
+    (before,) = runner(job).distributions[1:]
+    schema = ask(job)
+    assert schema.names == ["id"]
+    job.pass_time(1.0)
+    (ahead,) = runner(job).distributions[1:]
+    assert ahead is not before
+    assert ahead.ledger.produced_rows, "it was started anew"
+    assert ask(job) is schema
+    assert runner(job).distributions[1:] == [ahead]
+    counts = job.loop.run_until_complete(job.coordinator.status(())).schema_requests  # type: ignore[union-attr]
+    assert counts == {"hit": 1, "miss": 1, "observed": 0, "rejected": 0}
+    read_until(machine, {0, 1})
+
+
+def test_schema_is_refused_again_when_the_barrier_has_opened(machine: ProtocolMachine) -> None:
+    job = machine.job
+    with patch.object(FakeExecution, "seconds_to_next", lambda self: 5.0):
+        leave(machine)
+        come(machine, 0)  # nothing is produced for a while
+        come(machine, 1)
+        reply = ask(job)
+    assert isinstance(reply, Failure)
+    assert isinstance(reply.unpack(), ExecutionActiveError)
+
+
+def test_an_epoch_that_somebody_had_begun_is_not_the_one_started_ahead(
+    machine: ProtocolMachine,
+) -> None:
+    job = machine.job
+    (ahead,) = runner(job).distributions[1:]
+    reader = job.readers[1]
+    reader.position = Position(1, 4, fingerprint(0, 4), 1)
+    job.share(1, 1).finished = 4
+    come(machine, 1)
+    assert ahead.stopped
+    assert reader.started is not None
+    assert reader.started.position.rows == 4
+    assert runner(job).distribution.ledger.committed_rows == [0, 4]
+    assert sum(not pump.execution.is_over for pump in job.dataset.pumps) <= 1
+
+
+@pytest.mark.parametrize("when", ["start", "blocks"])
+def test_what_fails_ahead_is_raised_when_the_barrier_opens_and_not_later(
+    when: str, machine: ProtocolMachine
+) -> None:
+    job = machine.job
+    leave(machine)
+    job.pass_time(1.0)
+    with contextlib.ExitStack() as stack:
+        if when == "start":
+            job.dataset.failures[1] = "start"
+        else:
+            error = DatasetError(1)
+            stack.enter_context(patch.object(FakeExecution, "next_bundle", side_effect=error))
+        come(machine, 0)
+    job.dataset.failures.clear()
+    waits = job.readers[0].starting
+    assert waits is not None
+    assert not waits.answered
+    heard: list[BaseException] = []
+    with patch.object(job, "judge", lambda call, error: heard.append(error)):
+        come(machine, 1)
+    assert [type(error) for error in heard] == [DatasetError, DatasetError]
+    assert job.dataset.is_idle
+    read_until(machine, {0, 2})
