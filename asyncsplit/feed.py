@@ -27,7 +27,7 @@ from asyncsplit.core.progress import Progress, Reading
 from asyncsplit.pipeline import Pipeline
 from asyncsplit.remote import Reply, ask, opened
 from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes
-from asyncsplit.wire import Delivery, Rejoin, Slice, Started
+from asyncsplit.wire import REPORT_AFTER_S, Delivery, Rejoin, Slice, Started
 
 SMALL_BYTES = 2**20
 """Blocks up to this size are fetched together, at a fraction of what one call each costs; larger
@@ -96,6 +96,11 @@ class Feed:
     def backlog(self) -> int:
         """How many slices have been delivered and not begun."""
         return len(self._backlog)
+
+    @property
+    def report_after_s(self) -> float:
+        """How long finished rows may stay unacknowledged while no new blocks are needed."""
+        return REPORT_AFTER_S if self.started is None else self.started.report_after_s
 
     def advance(self, finished_rows: int) -> "Future[Any] | None":
         """Feed the pipeline if that is possible now; else return what to wait for.

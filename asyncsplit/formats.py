@@ -77,7 +77,7 @@ def as_block(block: Any) -> AnyBlock:
     return cast("Block", BlockAccessor.for_block(block).to_block())
 
 
-def row_count(block: AnyBlock) -> int:
+def row_count(block: Any) -> int:
     """Return how many rows a block has; as upstream, none if an Arrow block has no columns."""
     if isinstance(block, pa.Table) and not block.num_columns:
         return 0
@@ -112,7 +112,7 @@ def _renumbered(frame: Any) -> Block:
     return cast("Block", frame)
 
 
-def are_alike(blocks: Sequence[AnyBlock]) -> bool:
+def are_alike(blocks: Sequence[Any]) -> bool:
     """Tell whether all blocks are Arrow tables with the same columns."""
     first: Any = blocks[0]
     return all(
@@ -139,7 +139,7 @@ def to_batch(block: Block, batch_format: str | None) -> DataBatch:
     return BlockAccessor.for_block(block).to_batch_format(batch_format)
 
 
-def is_fragmented(block: AnyBlock) -> bool:
+def is_fragmented(block: Block) -> bool:
     """Tell whether an Arrow block has columns in several chunks."""
     return isinstance(block, pa.Table) and any(
         column.num_chunks != 1 for column in block.itercolumns()

@@ -252,8 +252,14 @@ class EpochRunner:
 
     def _start_at(self, split: int) -> Started:
         trace = self._spans.carrier
-        bound, on_demand = self._sharing.prefetch_bytes, self._sharing.on_demand
-        return Started(self._position(split), bound, trace=trace, on_demand=on_demand)
+        sharing = self._sharing
+        return Started(
+            self._position(split),
+            sharing.prefetch_bytes,
+            trace=trace,
+            on_demand=sharing.on_demand,
+            report_after_s=sharing.report_after_s,
+        )
 
     def _position(self, split: int) -> Position:
         position = self.distribution.ledger.logs[split].position
@@ -261,9 +267,10 @@ class EpochRunner:
 
     def _start_ahead(self) -> None:
         """Start the next epoch before its barrier opens, if it may be."""
+        if self._shut or self._ahead.distribution is not None:
+            return
         exhausted = self.distribution.ledger.finished
-        may = self.epochs.may_start_ahead(exhausted=exhausted, total=self._total)
-        if may and not self._shut and self._ahead.distribution is None:
+        if self.epochs.may_start_ahead(exhausted=exhausted, total=self._total):
             self._ahead.begin(self._new_distribution(), self.epochs.epoch + 1)
 
     def _drop_unawaited(self) -> None:

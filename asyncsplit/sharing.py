@@ -8,6 +8,11 @@ from asyncsplit.core.position import Past, Position
 from asyncsplit.core.replay import Replay, read_before
 from asyncsplit.core.routing import Equal, make_router
 from asyncsplit.options import SplitOptions
+from asyncsplit.wire import REPORT_AFTER_S
+
+REPORTS_PER_S = 256
+"""Acknowledgements of all consumers together, at most: each takes half a millisecond of the one
+thread that answers everything."""
 
 
 class Sharing:
@@ -38,6 +43,8 @@ class Sharing:
         # What is given on demand is asked for when the last of it is begun.
         self.prefetch_bytes = 1 if self.on_demand else self._budget
         """How many bytes a consumer is to keep ahead."""
+        self.report_after_s = max(REPORT_AFTER_S, self.readers / REPORTS_PER_S)
+        """How long what a consumer has finished with may stay unacknowledged."""
 
     def ledger(
         self, resume: Mapping[int, Position] | None = None, earlier: Ledger | None = None

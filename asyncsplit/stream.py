@@ -7,6 +7,7 @@ a `for` blocks on it; everything else is the same for both.
 
 import asyncio
 import contextlib
+import math
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator
@@ -30,9 +31,6 @@ T = TypeVar("T")
 
 YIELD_AFTER_S = 0.002
 """How long batches are handed out without letting the event loop run anything else."""
-
-REPORT_AFTER_S = 1.0
-"""How long finished rows may stay unacknowledged while no new blocks are needed."""
 
 RECHECK_S = 1.0
 """How long to wait before seeing whether waiting still makes sense, see `Feed.advance`."""
@@ -107,7 +105,7 @@ class BatchStream(Generic[T]):
         self._ready: object = None
         self._first_after_s: float | None = None
         self._yield_at = 0.0
-        self._report_at = 0.0
+        self._report_at = math.inf
 
     @property
     def is_open(self) -> bool:
@@ -286,7 +284,7 @@ class BatchStream(Generic[T]):
             self._begin()
         self._yield_at = now + YIELD_AFTER_S
         if self._feed is not None and now >= self._report_at and self.is_open:
-            self._report_at = now + REPORT_AFTER_S
+            self._report_at = now + self._feed.report_after_s
             self._feed.acknowledge(self._finished_rows)
 
     def _wait(self, now: float) -> "Generator[futures.Future[Any]]":
@@ -316,7 +314,9 @@ class BatchStream(Generic[T]):
             if feed.spans is not None:
                 feed.spans.got(seconds)
             if self._first_after_s is None:
-                self._first_after_s = perf_counter() - times.began
+                now = perf_counter()
+                self._first_after_s = now - times.began
+                self._report_at = now + feed.report_after_s
         except Exception as error:
             if feed.spans is not None:
                 feed.spans.failed(error)
@@ -330,7 +330,6 @@ class BatchStream(Generic[T]):
         check_shuffle(self._consumer.position, self._pipeline.shuffle, self._consumer.split)
         stream = self._consumer.open(self)
         self._phase = _Phase.OPEN
-        self._report_at = perf_counter() + REPORT_AFTER_S
         self._feed = Feed(
             self._consumer,
             stream,

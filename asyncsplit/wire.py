@@ -46,6 +46,10 @@ class Delivery(NamedTuple):
     """Rows of each of the slices before; for the first pull of a stream that shuffles."""
 
 
+REPORT_AFTER_S = 1.0
+"""How often a consumer acknowledges at most while it asks for nothing."""
+
+
 class Started(NamedTuple):
     """The barrier has opened: read the split's log."""
 
@@ -59,6 +63,8 @@ class Started(NamedTuple):
     """W3C trace context of the epoch's span; None if it is not recorded."""
     on_demand: bool = False
     """Whether to tell the coordinator how many rows are ahead: it gives no more than is needed."""
+    report_after_s: float = REPORT_AFTER_S
+    """Acknowledge after so long though nothing is asked for."""
 
     @property
     def epoch(self) -> int:

@@ -95,7 +95,10 @@ class Epochs:
     @property
     def ready(self) -> bool:
         """Whether the barrier can open: no epoch is under way and each split has arrived."""
-        return self.phase is Phase.WAITING and not self.missing
+        if self.phase is not Phase.WAITING:
+            return False
+        # Each arrival asks: with many splits, looking for who is missing took a part of the time.
+        return not self.missing if self.noted else len(self.arrived) == self.n
 
     def is_awaited(self, total: int | None = None) -> bool:
         """Tell whether another epoch will come: somebody waits for it, or all ``total`` do come."""

@@ -160,6 +160,7 @@ def test_a_block_is_let_go_of_with_its_last_batch(size: int | None) -> None:
     pipeline = Pipeline(batch_size=size, batch_format="numpy")
     pipeline.add(plain.read(pickled._replace(buffers=[buffer])), 0, 8)
     del buffer
+    batch = None
     for _ in range(8 // (size or 8)):
         assert alive() is not None
         batch = next(pipeline.batches)
