@@ -29,7 +29,7 @@ from asyncsplit.telemetry.tracing import FLUSH_S
 
 T = TypeVar("T")
 
-YIELD_AFTER_S = 0.002
+YIELD_AFTER_S = 0.0015
 """How long batches are handed out without letting the event loop run anything else."""
 
 RECHECK_S = 1.0

@@ -174,6 +174,7 @@ class Worker:
 
     def tick(self, how: str, it: Any, kwargs: dict[str, Any], epochs: int, every_s: float) -> Ticks:
         """Run a ticker beside the loop in one event loop, and say how late it was each time."""
+        gc.collect()  # as before every other turn
         return asyncio.run(_tick(how, it, kwargs, epochs, every_s))
 
 
