@@ -175,7 +175,11 @@ def test_a_task_error_has_its_cause() -> None:
     assert error.cause is cause, moved("RayTaskError.cause")
 
 
-def test_ray_asks_the_flag_while_it_handles_a_users_error() -> None:
+def test_ray_asks_the_flag_while_it_handles_a_users_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Set, so that what this sets does not stay: a cluster started later would pass it on.
+    monkeypatch.setenv("RAY_WARN_BLOCKING_GET_INSIDE_ASYNC", "1")
     path = "ray.data._internal.planner.plan_udf_map_op._try_wrap_udf_exception"
     before = DataContext.get_current()
     context = before.copy()
