@@ -7,8 +7,11 @@ Ray's ``OutputSplitter``: the plain dataset runs, and asyncsplit decides who get
 import gc
 import importlib
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -279,8 +282,44 @@ def pickled(packed: Packed) -> Pickled | None:
     head, pickle_and_buffers = raylet.split_buffer(data)
     if bytes(head) != _ONE_OBJECT:
         return None
-    pickle, buffers = raylet.unpack_pickle5_buffers(pickle_and_buffers)
-    return Pickled(bytes(pickle), buffers)
+    in_band, buffers = raylet.unpack_pickle5_buffers(pickle_and_buffers)
+    return Pickled(bytes(in_band), buffers)
+
+
+class _TableReader(pickle.Unpickler):
+    """Reads a pickled table up to where Ray would make arrays, with numbers in place of buffers."""
+
+    def __init__(self, pickled: bytes) -> None:
+        # As bytes, which pass for buffers that are not to be written to.
+        super().__init__(BytesIO(pickled), buffers=(number.to_bytes(4) for number in count()))
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("ray._private.arrow_serialization", "_reconstruct_table"):
+            return lambda columns, schema: (columns, schema)
+        if (module, name) == ("pyarrow.lib", "py_buffer"):
+            return int.from_bytes
+        if module in ("ray._private.arrow_serialization", "pyarrow.lib"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is no part of a table")
+
+
+def table_buffers(pickled: bytes) -> tuple[Any, int, list[int]] | None:
+    """Return what the pickle of a table says, if its columns have one chunk each, without nulls.
+
+    That is its schema, its number of rows, and for each column which of the buffers beside the
+    pickle has its values. None if it is anything else, or another Ray pickles tables otherwise.
+
+    Upstream: ``_arrow_table_reduce`` in ``ray/_private/arrow_serialization.py``.
+    """
+    try:
+        ((columns, schema),) = _TableReader(pickled).load()
+        chunks = [chunk for (chunk,), _ in columns]
+        (rows,) = {chunk.length for chunk in chunks}
+        if any(each.buffers[0] is not None or each.offset or each.children for each in chunks):
+            return None
+        return schema, rows, [values for _, values in (chunk.buffers for chunk in chunks)]
+    except Exception:  # whatever unpickling something else can raise
+        return None
 
 
 def unpack(packed: Packed) -> Any:

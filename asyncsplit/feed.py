@@ -5,19 +5,15 @@ is in flight are Ray's own futures, so a wait that is cancelled loses nothing.
 """
 
 import functools
-import itertools
-import math
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 
 import ray
 from ray.exceptions import ObjectLostError
 
-from asyncsplit import engine, plain
+from asyncsplit.backlog import Backlog
 from asyncsplit.collate import Collated, Converted
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
@@ -29,26 +25,8 @@ from asyncsplit.remote import Reply, ask, opened
 from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes
 from asyncsplit.wire import REPORT_AFTER_S, Delivery, Rejoin, Slice, Started
 
-SMALL_BYTES = 2**20
-"""Blocks up to this size are fetched together, at a fraction of what one call each costs; larger
-ones are asked for ahead, because it takes time if they come from another node."""
-
-GROUP_BYTES = 4 * 2**20
-GROUP_SLICES = 32
-"""Bounds of one such group: together they keep the loop for about a millisecond."""
-
 FEED_S = 0.0005
 """After how long the loop gets a chance while blocks are unpickled, which takes much longer."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    slice: Slice
-    fetch: "Future[Any] | None" = None
-    overdue_at: float = math.inf
-    packed: engine.Packed | None = None
-    sent_for: bool = False
-    """Whether it was asked for ahead, being small and on another node."""
 
 
 class Feed:
@@ -72,15 +50,15 @@ class Feed:
         self._pipeline = pipeline
         self._prefetch = prefetch_batches
         self._batch_size = batch_size
-        self._backlog: deque[_Pending] = deque()
-        self._backlog_bytes = 0
+        self._backlog = Backlog(
+            prefetch_batches=prefetch_batches,
+            batch_size=batch_size,
+            plain=pipeline.takes_plain,
+        )
         self._reading = Reading(consumer.position)
         self._cursor: int | None = None
         self._fed_bytes = 0
-        self._node_id = engine.node_id()
         self._local_blocks = self._remote_blocks = 0
-        self._plain = pipeline.takes_plain
-        """Whether blocks may be plain; so far all were."""
         self._last = False
         self._lost_at = -1
         self._pulling: Future[Any] | None = None
@@ -144,11 +122,10 @@ class Feed:
 
     def close(self, finished_rows: int) -> "Callable[[], Future[Any]]":
         """Let go of everything; return the call that says goodbye, which holds nothing."""
-        self._backlog_bytes = 0
+        self._backlog.clear()
         counters = self._consumer.totals = self.counters()
         if self.started is not None:
             self._consumer.position = Position(self.started.epoch + 1)
-        self._backlog.clear()
         self._pulling = None
         return functools.partial(
             ask,
@@ -171,7 +148,7 @@ class Feed:
                 local_blocks=self._local_blocks,
                 remote_blocks=self._remote_blocks,
                 size_bytes=self._fed_bytes,
-                backlog_bytes=self._backlog_bytes,
+                backlog_bytes=self._backlog.size_bytes,
             )
         )
 
@@ -225,7 +202,6 @@ class Feed:
 
     def _drop_backlog(self) -> None:
         self._backlog.clear()
-        self._backlog_bytes = 0
         self._pulling = None
         self._last = False
         if self._cursor is not None:
@@ -250,8 +226,7 @@ class Feed:
             began = self.started.position
             if began.shuffle is not None:
                 self._pipeline.resume(reply.skipped, began.rows, began.shuffle.seed)
-        self._backlog.extend(map(_Pending, reply.slices))
-        self._backlog_bytes += sum(part.size_bytes for part in reply.slices)
+        self._backlog.extend(reply.slices)
         self._cursor = reply.cursor + len(reply.slices)
         self._last = reply.end
 
@@ -266,7 +241,7 @@ class Feed:
                 self.acknowledge(finished_rows, ahead)
             return
         budget = self.started.prefetch_bytes
-        room = self._backlog_bytes < budget if self._prefetch else not self._backlog
+        room = self._backlog.size_bytes < budget if self._prefetch else not self._backlog
         if room:
             self._asked_early = ahead is not None and ahead > 0
             self._pulling = ask(
@@ -304,112 +279,23 @@ class Feed:
 
     def _feed_head(self) -> "Future[Any] | None":
         """Feed what is here of the backlog; if its head is not, return what to wait for."""
-        self._fetch_ahead()
-        head = self._backlog[0]
-        if head.fetch is None and head.packed is None and (fetch := self._fetch_group()):
-            head.fetch = fetch
-            # Consumers of one process that were given the same block get back what they ask for
-            # again only if they let go of it together: hence whole seconds.
-            head.overdue_at = math.floor(perf_counter()) + 2
-        if head.fetch is None:
-            self._feed_fetched()
-            return None
-        if not head.fetch.done():
-            if perf_counter() < head.overdue_at:
-                return head.fetch
-            # Ray 2.60 can lose a small object that a process lets go of while it is given it
-            # again, as happens to the parts of one block: even ray.get then waits for ever.
-            # Nothing is lost by asking for it once more.
+        waiting_for = self._backlog.fetch()
+        if waiting_for is not None:
+            if not self._backlog.is_overdue:
+                return waiting_for
             self._drop_backlog()
             return None
-        self._feed(head.fetch.result())
+        until = perf_counter() + FEED_S
+        while self._backlog.is_here:
+            self._feed(*self._backlog.pop())
+            if perf_counter() >= until:
+                break
         return None
 
-    def _fetch_ahead(self) -> None:
-        """Have blocks on their way for as many batches as `prefetch_batches` says.
-
-        That is large ones, and small ones that are on another node.
-        """
-        wanted = self._prefetch * (self._batch_size or 1)
-        afar: list[ray.ObjectRef[Any]] = []
-        for place, pending in enumerate(self._backlog):
-            part = pending.slice
-            if place and wanted <= 0:
-                break
-            if place:
-                wanted -= part.stop - part.start if self._batch_size else 1
-            if (
-                part.size_bytes > SMALL_BYTES
-                and pending.fetch is None
-                and pending.packed is None
-                and not self._fetch([pending])
-            ):
-                pending.fetch = part.ref.future()
-            elif place and part.size_bytes <= SMALL_BYTES and self._is_afar(pending):
-                pending.sent_for = True
-                afar.append(part.ref)
-        if afar:
-            # Ray goes on fetching them after this has returned.
-            afar = list(dict.fromkeys(afar))
-            ray.wait(afar, num_returns=len(afar), timeout=0, fetch_local=True)
-
-    def _is_afar(self, pending: _Pending) -> bool:
-        if pending.sent_for or pending.packed is not None:
-            return False
-        return pending.slice.node_id not in (None, self._node_id)
-
-    def _fetch_group(self) -> "Future[Any] | None":
-        """Fetch the small blocks at the head that are here; if none is, return what to wait for."""
-        group: list[_Pending] = []
-        size = 0
-        for pending in itertools.islice(self._backlog, GROUP_SLICES):
-            size += pending.slice.size_bytes
-            if pending.fetch or pending.packed or (group and size > GROUP_BYTES):
-                break
-            group.append(pending)
-        if self._fetch(group):
-            return None
-        refs = list(dict.fromkeys(pending.slice.ref for pending in group))
-        here, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=True)
-        ready = set(here)
-        group = list(itertools.takewhile(lambda pending: pending.slice.ref in ready, group))
-        if group and self._fetch(group):
-            return None
-        return self._backlog[0].slice.ref.future()
-
-    def _fetch(self, group: list[_Pending]) -> bool:
-        """Fetch blocks if all of them are here; it takes no time then, whatever their size."""
-        fetched = engine.get_packed([pending.slice.ref for pending in group])
-        if fetched is None:
-            return False
-        for pending, packed in zip(group, fetched, strict=True):
-            pending.packed = packed
-        return True
-
-    def _feed_fetched(self) -> None:
-        """Feed the blocks at the head that are fetched: one, and more as long as that is quick."""
-        until = perf_counter() + FEED_S
-        while self._backlog and (packed := self._backlog[0].packed) is not None:
-            self._feed(self._unpack(packed))
-            if perf_counter() >= until:
-                return
-
-    def _unpack(self, packed: engine.Packed) -> Any:
-        if self._plain:
-            pickled = engine.pickled(packed)
-            block = None if pickled is None else plain.read(pickled)
-            if block is not None:
-                return block
-            # Where one block is not, few of those after it will be, and trying costs.
-            self._plain = False
-        return engine.unpack(packed)
-
-    def _feed(self, block: Any) -> None:
-        part = self._backlog.popleft().slice
-        self._backlog_bytes -= part.size_bytes
+    def _feed(self, part: Slice, block: Any) -> None:
         self._fed_bytes += part.size_bytes
-        self._local_blocks += part.node_id == self._node_id
-        self._remote_blocks += part.node_id not in (None, self._node_id)
+        self._local_blocks += part.node_id == self._backlog.node_id
+        self._remote_blocks += part.node_id not in (None, self._backlog.node_id)
         skipped = self._reading.begin(part.stop - part.start)
         self._pipeline.add(block, part.start + skipped, part.stop, padding=part.padding)
 

@@ -10,11 +10,7 @@ Whatever is not plain (nulls, strings, tensors, several chunks, pandas) is left 
 Upstream: ``_arrow_table_reduce`` in ``ray/_private/arrow_serialization.py``.
 """
 
-import pickle
-from collections.abc import Sequence
 from functools import lru_cache
-from io import BytesIO
-from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,56 +82,23 @@ def read(pickled: engine.Pickled) -> PlainBlock | None:
     return PlainBlock(arrays, rows, schema)
 
 
-class _NotPlainError(Exception):
-    """There is something else in a pickle than a table of numbers."""
-
-
-class _Reader(pickle.Unpickler):
-    """Reads a pickled table up to where Ray would make arrays, with numbers in place of buffers."""
-
-    def __init__(self, pickled: bytes) -> None:
-        # As bytes, which pass for buffers that are not to be written to.
-        super().__init__(BytesIO(pickled), buffers=(number.to_bytes(4) for number in count()))
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("ray._private.arrow_serialization", "_reconstruct_table"):
-            return lambda columns, schema: (columns, schema)
-        if (module, name) == ("pyarrow.lib", "py_buffer"):
-            return int.from_bytes
-        if module in ("ray._private.arrow_serialization", "pyarrow.lib"):
-            return super().find_class(module, name)
-        raise _NotPlainError
-
-
 # A wide table's pickle has 125 bytes for each column: few are kept.
 @lru_cache(maxsize=4)
 def _layout(pickled: bytes) -> _Layout | None:
-    try:
-        ((columns, schema),) = _Reader(pickled).load()
-        return _Layout(*_described(columns, schema.names), schema)
-    except Exception:  # also where another Ray pickles tables in another way
+    if (table := engine.table_buffers(pickled)) is None:
         return None
+    schema, rows, buffers = table
+    dtypes = [dtype for dtype in map(_dtype, schema.types) if dtype is not None]
+    if not rows or len(dtypes) < len(buffers):
+        return None
+    return _Layout(list(map(_Column, schema.names, dtypes, buffers)), rows, schema)
 
 
-def _described(columns: Sequence[Any], names: Sequence[str]) -> tuple[list[_Column], int]:
-    """Return what there is to know of columns: for each its chunks, as Ray describes them."""
-    described = []
-    lengths = set()
-    for name, ((chunk,), kind) in zip(names, columns, strict=True):
-        validity, values = chunk.buffers
-        if validity is not None or chunk.null_count or chunk.offset or chunk.children:
-            raise _NotPlainError
-        described.append(_Column(name, _dtype(kind), values))
-        lengths.add(chunk.length)
-    (rows,) = lengths
-    if not rows:
-        raise _NotPlainError
-    return described, rows
-
-
-def _dtype(kind: pa.DataType) -> np.dtype[Any]:
-    """Return the dtype of a column's array, which Arrow makes without copying."""
-    dtype: np.dtype[Any] = pa.array([], kind).to_numpy().dtype
-    if isinstance(kind, pa.BaseExtensionType) or dtype.itemsize * 8 != kind.bit_width:
-        raise _NotPlainError
-    return dtype
+def _dtype(kind: pa.DataType) -> np.dtype[Any] | None:
+    """Return the dtype of a column's array if Arrow makes that without copying."""
+    try:
+        dtype: np.dtype[Any] = pa.array([], kind).to_numpy().dtype
+    except (pa.ArrowException, NotImplementedError):
+        return None
+    # The width tells bits from bytes; the others have none.
+    return dtype if pa.types.is_primitive(kind) and dtype.itemsize * 8 == kind.bit_width else None

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import ray
 
-from asyncsplit.feed import GROUP_SLICES
+from asyncsplit.backlog import GROUP_SLICES
 from asyncsplit.formats import Slab
 
 Drive = Literal["async for", "for", "as_data_iterator"]

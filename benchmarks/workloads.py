@@ -13,8 +13,8 @@ from ray.data import Dataset
 
 import asyncsplit
 from asyncsplit import BatchStream, SplitOptions, engine, plain
+from asyncsplit.backlog import GROUP_SLICES
 from asyncsplit.consumer import Consumer
-from asyncsplit.feed import GROUP_SLICES
 from asyncsplit.pipeline import Pipeline
 from benchmarks.harness import (
     ARRIVE_S,

@@ -102,7 +102,7 @@ class Ledger:
     @property
     def route_at(self) -> float | None:
         """When to route again though nothing has happened, if at all."""
-        return self.router.look_at(self._hungry)
+        return self.router.route_at(self._hungry)
 
     def route(self, now: float = 0.0) -> set[int]:
         """Lease what can be assigned now; return the readers that got something.

@@ -118,7 +118,7 @@ class RowsRouter:
         """Return until when the split is given nothing because it needs nothing."""
         return -inf
 
-    def look_at(self, hungry: Collection[int]) -> float | None:
+    def route_at(self, hungry: Collection[int]) -> float | None:
         """Return when `assign` may decide otherwise though nothing has happened."""
         return None
 
@@ -324,7 +324,7 @@ class DemandRouter(RowsRouter):
         """Return until when the split is given nothing, because it needs nothing."""
         return self._paces.look_at(split)
 
-    def look_at(self, hungry: Collection[int]) -> float | None:
+    def route_at(self, hungry: Collection[int]) -> float | None:
         """Return when the first part is due that is kept from one of the hungry splits."""
         return min(map(self._paces.look_at, hungry), default=None) if self._held else None
 

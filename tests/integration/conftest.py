@@ -1,5 +1,6 @@
 """Fixtures of the integration tests."""
 
+import contextlib
 import json
 import os
 import select
@@ -17,28 +18,46 @@ from tests.integration.programs import Program
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
-def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
-    """Return a function that plays one of `tests.integration.nodes`, on a cluster of its own."""
-    log = tmp_path_factory.mktemp("nodes") / "log"
+@contextlib.contextmanager
+def answering(module: str, log: Path, **options: Any) -> Iterator[Callable[[str], str]]:
+    """Start a module that answers each line of its input by one, and yield what asks it.
+
+    An empty answer says that the process has ended, or took over 200 s and was killed. What it says
+    else is in ``log``.
+    """
     with (
         log.open("w") as file,
         subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.nodes"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
             bufsize=1,
-        ) as nodes,
+            **options,
+        ) as process,
     ):
-        assert nodes.stdin is not None
-        assert nodes.stdout is not None
-        stdin, stdout = nodes.stdin, nodes.stdout
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def ask(line: str) -> str:
+            print(line, file=stdin)
+            if not select.select([stdout], [], [], 200)[0]:
+                process.kill()
+            return str(stdout.readline())
+
+        yield ask
+
+
+@pytest.fixture(scope="session")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """Return a function that plays one of `tests.integration.nodes`, on a cluster of its own."""
+    log = tmp_path_factory.mktemp("nodes") / "log"
+    with answering("tests.integration.nodes", log) as ask:
 
         def play(name: str) -> Any:
-            print(name, file=stdin)
-            answer = stdout.readline()
+            answer = ask(name)
             assert answer, log.read_text()
             return json.loads(answer)
 
@@ -62,29 +81,11 @@ def run(
         # By default a group that has ended, or failed, is not looked at for up to 2 s.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
-    with (
-        log.open("w") as file,
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.programs"],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-            bufsize=1,
-        ) as programs,
-    ):
-        assert programs.stdin is not None
-        assert programs.stdout is not None
-        stdin, stdout = programs.stdin, programs.stdout
+    with answering("tests.integration.programs", log, cwd=ROOT, env=environment) as ask:
 
         def run(program: Program) -> str:
             before = log.stat().st_size
-            print(json.dumps(program), file=stdin)
-            if not select.select([stdout], [], [], 200)[0]:
-                programs.kill()
-            answer = stdout.readline()
+            answer = ask(json.dumps(program))
             said = log.read_text()[before:]
             assert answer, f"{program.place} ended its process, or hung: {said}"
             printed, error = json.loads(answer)

@@ -39,12 +39,12 @@ def test_what_was_found_stays_mended(seed: int) -> None:
 
 def test_everything_holds_in_many_jobs() -> None:
     taken_over = redelivered = 0
-    for seed in range(120):
+    for seed in range(180):
         oracle = simulate(seed).oracle
         taken_over += oracle.taken_over
         redelivered += oracle.redelivered
     assert taken_over > 20, "the seeds are worth running"
-    assert redelivered > 10
+    assert redelivered > 20
 
 
 def test_a_seed_gives_the_same_job_again() -> None:

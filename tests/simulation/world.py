@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import asyncsplit.backlog
 import asyncsplit.coordinator
 import asyncsplit.distribution
 import asyncsplit.feed
@@ -493,9 +494,10 @@ def fakes_installed() -> Iterator[None]:
         put(engine, "get_packed", fakes.get_packed)
         put(engine, "pickled", fakes.pickled)
         put(engine, "unpack", fakes.unpack)
-        put(asyncsplit.feed, "ray", SimpleNamespace(wait=fakes.wait, ObjectRef=Any))
-        put(asyncsplit.feed, "SMALL_BYTES", 8 * fakes.ROW_BYTES)
-        put(asyncsplit.feed, "GROUP_BYTES", 16 * fakes.ROW_BYTES)
+        put(asyncsplit.backlog, "ray", SimpleNamespace(wait=fakes.wait, ObjectRef=Any))
+        put(asyncsplit.backlog, "SMALL_BYTES", 8 * fakes.ROW_BYTES)
+        put(asyncsplit.backlog, "GROUP_BYTES", 16 * fakes.ROW_BYTES)
+        put(asyncsplit.backlog, "perf_counter", _now)
         put(asyncsplit.feed, "perf_counter", _now)
         put(asyncsplit.stream, "perf_counter", _now)
         put(asyncsplit.waits, "time", SimpleNamespace(monotonic=_now))
