@@ -59,7 +59,7 @@ class Journal:
             temporary = self._path.with_suffix(".tmp")
             temporary.write_bytes(header + b"".join(records))
             temporary.replace(self._path)
-            self._close()
+            self.close()
             self._file = os.open(self._path, os.O_WRONLY)
         except OSError as error:
             self._give_up(error)
@@ -83,9 +83,15 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the file: no other coordinator comes."""
-        self._close()
+        self.close()
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of the file, and leave it to the coordinator after this one."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
 
     def _write(self, split: int, position: Position | None) -> None:
         if self._file is None:
@@ -104,11 +110,6 @@ class Journal:
             error,
         )
         self.remove()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
 
 def _header(noted: Noted) -> dict[str, object]:

@@ -3,9 +3,9 @@
 import contextlib
 import json
 import os
-import select
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,12 @@ def answering(module: str, log: Path, **options: Any) -> Iterator[Callable[[str]
 
         def ask(line: str) -> str:
             print(line, file=stdin)
-            if not select.select([stdout], [], [], 200)[0]:
-                process.kill()
-            return str(stdout.readline())
+            late = threading.Timer(200, process.kill)
+            late.start()
+            try:
+                return str(stdout.readline())
+            finally:
+                late.cancel()
 
         yield ask
 

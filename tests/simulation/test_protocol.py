@@ -328,9 +328,8 @@ class Job:
         """Whether the coordinator was restarted in this epoch, or after it."""
         self.may_drop: dict[tuple[int, int], int] = {}
         self.wire: list[Call] = []
-        self.loop = VirtualLoop()
         new_actor()
-        self.restart()
+        self.start()
         for split in range(self.n):
             self.spawn(split)
 
@@ -339,6 +338,10 @@ class Job:
     def restart(self) -> None:
         """Put a new coordinator in place of the old one; unanswered calls are sent again."""
         self.close()
+        self.start()
+
+    def start(self) -> None:
+        """Start a coordinator."""
         self.loop = loop = VirtualLoop()
         loop.start_at(self.now)
         self.unhandled: list[dict[str, Any]] = []
@@ -385,6 +388,7 @@ class Job:
             task.cancel()
         if tasks:
             self.loop.run_until_complete(asyncio.wait(tasks))
+        self.coordinator._journal.close()
         self.loop.close()
 
     def spawn(self, split: int, *, intruder: bool = False) -> Reader:

@@ -502,6 +502,7 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.stream, "perf_counter", _now)
         put(asyncsplit.waits, "time", SimpleNamespace(monotonic=_now))
         put(asyncsplit.coordinator, "unpack", itemgetter(0))
+        put(asyncsplit.coordinator, "gc", SimpleNamespace(freeze=lambda: None))
         put(asyncsplit.distribution, "MAX_SLICES", 3)
         put(asyncsplit.pump, "threading", fakes.PUMP_THREADING)
         put(asyncsplit.guard, "gc", SimpleNamespace(collect=lambda: 0))  # it takes real time
@@ -567,4 +568,6 @@ def simulate(seed: int, *, verbose: bool = False, telemetry: TelemetryConfig = S
             task.cancel()
         with contextlib.suppress(BaseException):
             loop.run_until_complete(asyncio.sleep(0))
+        if world is not None:
+            world.coordinator._journal.close()
         loop.close()
