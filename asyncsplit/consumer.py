@@ -1,5 +1,6 @@
 """Consumer: who reads a split, as long as its iterator object lives."""
 
+import functools
 import gc
 import uuid
 import weakref
@@ -9,6 +10,7 @@ from typing import Protocol
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.position import Position
 from asyncsplit.errors import ConsumerConflictError
+from asyncsplit.lifeline import OwnLifeline
 from asyncsplit.remote import Coordinator
 from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes
 from asyncsplit.telemetry.stream_spans import StreamSpans
@@ -92,6 +94,11 @@ class Consumer:
         stream = None if self._open is None else self._open()
         read = None if stream is None else stream.position(batch_finished=batch_finished)
         return read or self.position or Position(0)
+
+    @functools.cached_property
+    def lifeline(self) -> OwnLifeline:
+        """What shows the coordinator that this process lives, from the first stream on."""
+        return OwnLifeline.of(self.coordinator)
 
     def spans(self, times: StreamTimes) -> StreamSpans | None:
         """Return what records a stream, None if nothing does; to be called where it is iterated."""

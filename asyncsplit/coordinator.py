@@ -34,7 +34,7 @@ from asyncsplit.telemetry.spans import SLICES
 from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.summary import summary
 from asyncsplit.telemetry.tracing import Carrier, Tracing
-from asyncsplit.wire import Delivery, Rejoin, Started, Status, replies
+from asyncsplit.wire import Delivery, Lifeline, Rejoin, Started, Status, replies
 
 
 class SplitCoordinator:
@@ -101,7 +101,7 @@ class SplitCoordinator:
         self,
         split: int,
         stream: Stream,
-        lifeline: "ObjectRef[Any]",
+        lifeline: Lifeline,
         position: Position | None,
         shuffle: ShuffleKey | None,
         serialized_bytes: int,
@@ -113,10 +113,10 @@ class SplitCoordinator:
         Whoever comes for a split whose consumer has died in the middle of an epoch does not wait:
         it takes that epoch over, from the first row that is not committed.
 
-        ``lifeline`` is the reference to the consumer's call of `hold`; ``position`` is where
-        it stands, if it has read the split before; ``shuffle`` what its order is drawn from;
-        ``serialized_bytes`` is the pickled size of its iterator, 0 if it never was; ``trace`` the
-        span that the epoch is to be a part of.
+        ``lifeline`` is its process's call of `hold`; ``position`` is where it stands, if it has
+        read the split before; ``shuffle`` what its order is drawn from; ``serialized_bytes`` is the
+        pickled size of its iterator, 0 if it never was; ``trace`` the span that the epoch is to be
+        a part of.
         """
         takes_over = await self._runner.admit(split, stream, lifeline, position)
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
@@ -131,17 +131,20 @@ class SplitCoordinator:
         return started._replace(delivery=delivery)
 
     @replies
-    async def hold(self, split: int, stream: Stream) -> None:
-        """Return when the stream is closed: until then its owner's death shows."""
-        epochs = self._runner.epochs
-        if not (epochs.is_closed(split, stream) or stream.consumer in epochs.dead):
-            await self._runner.lifelines.hold(stream)
+    async def hold(self, name: str) -> None:
+        """Return when the lifeline is released: until then its process's death shows."""
+        await self._runner.lifelines.hold(name)
+
+    @replies
+    async def release(self, name: str) -> None:
+        """Let a lifeline's call of `hold` return."""
+        self._runner.lifelines.release(name)
 
     @replies
     async def report_death(self, split: int, stream: Stream) -> None:
         """Note that a consumer is dead, for those who know it sooner than Ray does."""
         self._runner.bury(split, stream)
-        self._runner.lifelines.release(stream)
+        self._runner.lifelines.detach(stream)
 
     @replies
     async def pull(

@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from time import perf_counter
 from typing import Any, Literal
 
-import ray
 from ray.exceptions import ObjectLostError
 
 from asyncsplit.backlog import Backlog
@@ -63,11 +62,6 @@ class Feed:
         self._lost_at = -1
         self._pulling: Future[Any] | None = None
         self._asked_early = False
-        # A call that never returns: the coordinator holds a reference to its result, which this
-        # process owns, and so hears of it when this process dies.
-        self._lifeline: ray.ObjectRef[Any] = consumer.coordinator.hold.remote(
-            (consumer.reader, stream)
-        )
         self._starting: Future[Reply[Started]] | None = self._arrive(consumer.position)
 
     @property
@@ -121,15 +115,14 @@ class Feed:
             )
 
     def close(self, finished_rows: int) -> "Callable[[], Future[Any]]":
-        """Let go of everything; return the call that says goodbye, which holds nothing."""
+        """Let go of everything; return the call that says goodbye, which holds no data."""
         self._backlog.clear()
         counters = self._consumer.totals = self.counters()
         if self.started is not None:
             self._consumer.position = Position(self.started.epoch + 1)
         self._pulling = None
         return functools.partial(
-            ask,
-            self._consumer.coordinator,
+            self._consumer.lifeline.ask,
             "notify_split_finished",
             self._consumer.reader,
             self._stream,
@@ -171,7 +164,7 @@ class Feed:
             "start_epoch",
             self._consumer.reader,
             self._stream,
-            self._lifeline,
+            self._consumer.lifeline.call,
             position,
             self._pipeline.shuffle,
             self._consumer.serialized_bytes,

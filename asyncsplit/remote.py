@@ -2,8 +2,11 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
+import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
@@ -21,6 +24,16 @@ def ask(
 ) -> "concurrent.futures.Future[Reply[Any]]":
     """Call a method of the coordinator; returns at once."""
     return getattr(coordinator, method).remote(args).future()  # type: ignore[no-any-return]
+
+
+def quietly(call: Callable[[], object]) -> None:
+    """Make a call of the coordinator for what is collected as garbage, if Ray still runs.
+
+    Ray would start anew for it, and a Ray started since does not know the coordinator.
+    """
+    if ray.is_initialized():
+        with contextlib.suppress(Exception):
+            call()
 
 
 async def settled(future: "concurrent.futures.Future[Any]", timeout_s: float | None = None) -> None:

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 
-from ray import ObjectRef
 from ray.data import Schema
 
 from asyncsplit import openings
@@ -30,7 +29,7 @@ from asyncsplit.telemetry.epoch_spans import EpochSpans
 from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.tracing import Carrier
 from asyncsplit.waits import Waits
-from asyncsplit.wire import Failure, Started
+from asyncsplit.wire import Failure, Lifeline, Started
 
 T = TypeVar("T")
 
@@ -80,7 +79,7 @@ class EpochRunner:
         self._shut = False
 
     async def admit(
-        self, split: int, stream: Stream, lifeline: "ObjectRef[Any]", position: Position | None
+        self, split: int, stream: Stream, lifeline: Lifeline, position: Position | None
     ) -> bool:
         """Let a stream in, once it is known whether the one that holds its split is dead.
 
@@ -91,13 +90,21 @@ class EpochRunner:
             StreamClosedError: If it was closed, has died, or the split was shut down.
             Exception: As `Epochs.arrive`; or what the epoch failed with that it had arrived for.
         """
-        # Also of a stream that is refused: should it die now, its parked call must return.
         bury = functools.partial(self.bury, split, stream)
-        died = self._spawn(self.lifelines.watch(stream, lifeline, bury))
-        await self.lifelines.verdict(self.epochs, split, stream)
+        is_dead = self.lifelines.attach(stream, lifeline, bury)
+        try:
+            await self.lifelines.verdict(self.epochs, split, stream)
+            return self._let_in(split, stream, position, is_dead=is_dead())
+        except Exception:
+            self.lifelines.detach(stream)
+            raise
+
+    def _let_in(
+        self, split: int, stream: Stream, position: Position | None, *, is_dead: bool
+    ) -> bool:
         if self._shut:
             raise openings.shut_down()
-        if died.done() and died.result():
+        if is_dead:
             raise openings.died()
         if self._failed is not None and stream in self._failed[2]:
             raise self._failed[1].unpack()
@@ -327,7 +334,7 @@ class EpochRunner:
             self._failed = (noted.epoch, Failure.of(error), tuple(noted.readers.values()))
         for split, stream in tuple(self.epochs.arrived.items()):
             self.epochs.leave(split, stream)
-            self.lifelines.release(stream)
+            self.lifelines.detach(stream)
             self._openings.reject(split, error)
         self._fail(error)
         self._drop_unawaited()
@@ -346,7 +353,7 @@ class EpochRunner:
         """
         if stream.consumer in self.epochs.dead and not self.distribution.is_through(split):
             began = False
-        self.lifelines.release(stream)
+        self.lifelines.detach(stream)
         waited = self.epochs.arrived.get(split) == stream
         if not began and self.epochs.vacate(split, stream):
             self.waits.mourn(split, "left as the epoch began,")
@@ -382,7 +389,7 @@ class EpochRunner:
         self._state.epoch_ended(outcome)
         self._spans.ended(outcome, self.distribution.ledger, error)
         for split, stream in self.epochs.active.items():
-            self.lifelines.release(stream)
+            self.lifelines.detach(stream)
             self.waits.liveness.forget(split)
         self.epochs.over()
         self._journal.begin(Noted(self.epochs.epoch, {}, {}))

@@ -7,6 +7,7 @@ a `for` blocks on it; everything else is the same for both.
 
 import asyncio
 import contextlib
+import functools
 import math
 import sys
 import warnings
@@ -24,7 +25,7 @@ from asyncsplit.core.state import check_shuffle
 from asyncsplit.errors import ConsumerConflictError, StreamClosedError
 from asyncsplit.feed import Feed
 from asyncsplit.pipeline import Pipeline
-from asyncsplit.remote import settled
+from asyncsplit.remote import quietly, settled
 from asyncsplit.telemetry.tracing import FLUSH_S
 
 T = TypeVar("T")
@@ -261,7 +262,7 @@ class BatchStream(Generic[T]):
         """Release the split."""
         if self._phase is not _Phase.OPEN or sys.is_finalizing():
             return
-        farewell = self._forget(_Phase.CLOSED)
+        farewell = functools.partial(quietly, self._forget(_Phase.CLOSED))
         # Garbage may be collected at any moment, also in the middle of a Ray call of this
         # thread: where there is a loop, let it send the message.
         if self._loop is not None and self._loop.is_running():

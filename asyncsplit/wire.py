@@ -19,6 +19,13 @@ R = TypeVar("R")
 S = TypeVar("S")
 
 
+class Lifeline(NamedTuple):
+    """A process's call of `hold`, by which its death shows; see `asyncsplit.lifeline`."""
+
+    name: str
+    ref: "ObjectRef[Any]"
+
+
 class Slice(NamedTuple):
     """Rows ``start`` to ``stop`` of a block."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -88,6 +89,59 @@ async def test_a_replacement_that_shuffles_otherwise_gets_some_rows_again(start:
     assert len(rest) == len(set(rest))
     assert {*seen, *rest} == set(range(1000))
     assert {*seen} & {*rest}
+
+
+class Pair:
+    """Reads two splits in one process."""
+
+    def __init__(self, its: Sequence[AsyncDataIterator]) -> None:
+        self._its = list(its)
+
+    async def begin(self) -> list[int]:
+        """Return the ids of both splits' first batches."""
+        self._streams = [it.iter_batches(batch_size=10) for it in self._its]
+        batches = await asyncio.gather(*map(anext, self._streams))
+        return [int(i) for batch in batches for i in batch["id"]]
+
+    async def end(self) -> None:
+        """Let go of both, one after the other."""
+        while self._its:
+            await self._streams.pop().aclose()
+            self._its.pop()
+
+
+def parked(coordinator: Any) -> int:
+    """Count a coordinator's lifelines."""
+    return len(coordinator._runner.lifelines._parked)
+
+
+async def test_consumers_of_one_process_share_a_lifeline_and_die_together() -> None:
+    its = asyncsplit.streaming_split(thousand(), 2)
+    coordinator: Any = its[0].coordinator
+    pair: Any = ray.remote(num_cpus=0)(Pair).remote(its)
+    await pair.begin.remote()
+    assert await coordinator.__ray_call__.remote(parked) == 1
+    ray.kill(pair)
+
+    async def buried() -> bool:
+        return bool(await coordinator.__ray_call__.remote(lambda self: self._state.deaths == 2))
+
+    await eventually(buried)
+    ids = await asyncio.gather(*map(read, its))
+    assert sorted(chain(*ids)) == list(range(1000)), "nothing was committed"
+
+
+async def test_a_lifeline_ends_with_the_last_consumer_of_its_process() -> None:
+    its = asyncsplit.streaming_split(thousand(), 2)
+    coordinator: Any = its[0].coordinator
+    pair: Any = ray.remote(num_cpus=0)(Pair).remote(its)
+    assert len(await pair.begin.remote()) == 20
+    await pair.end.remote()
+
+    async def released() -> bool:
+        return not await coordinator.__ray_call__.remote(parked)
+
+    await eventually(released)
 
 
 async def test_others_go_on_while_a_consumer_is_dead(start: Any) -> None:

@@ -244,7 +244,7 @@ async def test_killing_the_coordinator_is_an_error_that_says_so() -> None:
         await it.schema()
 
 
-@pytest.mark.parametrize("end", ["return", "SIGINT"])
+@pytest.mark.parametrize("end", ["return", "SIGINT", "ray.shutdown"])
 async def test_nothing_is_left_when_the_driver_ends(end: str) -> None:
     script = """
 import asyncio, sys, ray, asyncsplit
@@ -256,7 +256,10 @@ async def main():
     print(await its[0].metrics_url(), flush=True)
     if sys.argv[2] == "SIGINT":
         await asyncio.Event().wait()
+    if sys.argv[2] == "ray.shutdown":
+        ray.shutdown()  # what is dropped after it must not start another Ray to say so
 asyncio.run(main())
+sys.exit(ray.is_initialized() and sys.argv[2] == "ray.shutdown")
 """
     address = ray.get_runtime_context().gcs_address
     driver = await asyncio.create_subprocess_exec(
@@ -276,4 +279,6 @@ asyncio.run(main())
     _, err = await driver.communicate()
     assert b"never retrieved" not in err
     assert b"was destroyed" not in err
+    if end != "SIGINT":
+        assert driver.returncode == 0, err.decode()
     await eventually(lambda: unreachable(url))

@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -40,7 +40,7 @@ from asyncsplit.errors import (
 )
 from asyncsplit.options import SplitOptions, TelemetryConfig
 from asyncsplit.telemetry.counters import ConsumerCounters
-from asyncsplit.wire import Delivery, Failure, Rejoin, Slice, Started
+from asyncsplit.wire import Delivery, Failure, Lifeline, Rejoin, Slice, Started
 from tests.simulation.clock import VirtualLoop
 from tests.simulation.dataset import ROW_BYTES, Context, FakeDataset, Ref
 from tests.simulation.world import fakes_installed, new_actor, use_clock
@@ -78,26 +78,27 @@ class Call:
 
 
 @dataclass(eq=False)
-class Lifeline:
+class Parked:
     """Stands for the reference to a parked call: awaiting it shows the death of its owner."""
 
-    reader: "Reader"
+    broken: bool = False
+    awaiting: "set[asyncio.Future[None]]" = field(default_factory=set)
 
     def __await__(self) -> Generator[Any, None, None]:
-        """Return when the call does; raise when its owner is known to be dead."""
-        if self.reader.mourned:
-            raise OwnerDiedError("00", None, "")
-        settled = self.reader.lifelines.setdefault(self, asyncio.get_running_loop().create_future())
-        yield from settled.__await__()
+        """Raise when the call's owner is known to be dead."""
+        if not self.broken:
+            waiter = asyncio.get_running_loop().create_future()
+            self.awaiting.add(waiter)
+            try:
+                yield from waiter.__await__()
+            finally:
+                self.awaiting.discard(waiter)
+        raise OwnerDiedError("00", None, "")
 
-    def settle(self, error: Exception | None = None) -> None:
-        settled = self.reader.lifelines.pop(self, None)
-        if settled is None or settled.done():
-            return
-        if error is None:
-            settled.set_result(None)
-        else:
-            settled.set_exception(error)
+    def snap(self) -> None:
+        self.broken = True
+        for waiter in self.awaiting:
+            waiter.set_result(None)
 
 
 @dataclass(eq=False)
@@ -109,18 +110,19 @@ class Reader:
     name: str
     position: Position | None = None
     alive: bool = True
-    mourned: bool = False
-    """Whether the news of its death is out."""
     ousted: bool = False
     """Thought dead while it was not, or an intruder from the beginning."""
     number: int = 0
     stream: Stream | None = None
-    lifelines: dict[Lifeline, "asyncio.Future[None]"] = field(default_factory=dict)
+    parked: Parked = field(default_factory=Parked)
+
+    @property
+    def lifeline(self) -> Lifeline:
+        return Lifeline(self.name, self.parked)  # type: ignore[arg-type]
 
     def open(self) -> None:
         self.number += 1
         self.stream = Stream(self.name, self.number)
-        self.lifeline = Lifeline(self)
         self.started: Started | None = None
         self.cursor: int | None = None
         self.first = self.fed = self.rows = self.check = 0
@@ -129,7 +131,8 @@ class Reader:
         self.sizes: list[int] = []
         self.last = False
         self.pulling: Call | None = None
-        self.job.send(self, "hold", self.split, self.stream)
+        if self.number == 1:
+            self.job.send(self, "hold", self.name)
         self.arrive(self.position)
 
     @property
@@ -214,9 +217,7 @@ class Reader:
 
     def take(self, call: Call, reply: Any) -> None:
         """Take the reply to a call of the present stream."""
-        if call.method == "hold":
-            self.lifeline.settle()
-        elif call is self.starting:
+        if call is self.starting:
             if isinstance(reply, Failure):
                 self.fail()
                 return
@@ -264,11 +265,9 @@ class Reader:
 
     def die(self) -> None:
         """Let the coordinator know that the process has died."""
-        self.mourned = True
         self.job.check()  # an epoch may have begun with it, before the news
         self.job.give_up(self)
-        for lifeline in tuple(self.lifelines):
-            lifeline.settle(OwnerDiedError("00", None, ""))
+        self.parked.snap()
 
 
 @dataclass
@@ -378,8 +377,6 @@ class Job:
         self.history: list[Call] = []
         self.parked: dict[asyncio.Task[None], Call] = {}
         self.bounds: dict[int, int] = {}
-        for reader in [*self.readers.values(), *self.others]:
-            reader.lifelines.clear()
 
     def close(self) -> None:
         """End the coordinator's process."""
@@ -1073,7 +1070,7 @@ def test_who_shuffles_otherwise_while_a_restarted_coordinator_starts_begins_anew
     def arrive(
         reader: Reader, position: Position | None, key: ShuffleKey
     ) -> "asyncio.Future[Started | Failure]":
-        stream, lifeline = Stream(reader.name, 1), cast("Any", Lifeline(reader))
+        stream, lifeline = Stream(reader.name, 1), reader.lifeline
         arriving = asyncio.ensure_future(
             coordinator.start_epoch((0, stream, lifeline, position, key, 0, COUNTERS)),
             loop=job.loop,

@@ -261,9 +261,7 @@ class World:
         await self.shut_down(0.0)
         if self.errors:
             raise self.errors[0]
-        weather = self.plan.weather
-        # A `hold` that comes after its stream's end may be parked: a slot is all it costs.
-        parked = self.network.parked(but="hold" if weather.slow or weather.lost else "")
+        parked = self.network.parked()
         assert not parked, f"never answered: {parked}"
         assert all(pump.ended for pump in self.oracle.dataset.pumps), "a pump's thread is left"
         assert self.oracle.dataset.is_idle, "an executor is left"

@@ -399,10 +399,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_committed_stays_committed(self) -> None:
+        """Also where a replica that is behind keeps rows from being leased again."""
         for split, log in enumerate(self.ledger.logs):
             if not log.left:
-                assert log.committed_rows >= self.committed[split]
-                self.committed[split] = log.committed_rows
+                assert log.position.rows >= self.committed[split]
+                self.committed[split] = log.position.rows
 
     @invariant()
     def no_row_goes_to_two_splits(self) -> None:
