@@ -244,6 +244,7 @@ class Bench:
         measured: Rounds = {side: [] for side in turns}
         for _ in range(rounds or self.rounds):
             for side, run in turns.items():
+                ray.get([worker.collect.remote() for worker in self._workers])
                 wait_for_quiet(0.3 if self.quick else 3.0)
                 turn = run()
                 if rows is not None and turn.rows != rows:
@@ -276,8 +277,10 @@ def split(ds: Dataset, n: int) -> dict[str, list[Any]]:
 
 
 def close(splits: Mapping[str, Sequence[Any]]) -> None:
-    """Stop both sides' executors; their coordinators end with the iterators."""
-    asyncio.run(splits[OURS][0].shutdown())
+    """Stop our executors; the coordinators of all sides end with the iterators."""
+    for side, its in splits.items():
+        if side != RAY:
+            asyncio.run(its[0].shutdown())
 
 
 def table_blocks(blocks: int, rows: int, columns: int) -> Dataset:

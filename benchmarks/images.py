@@ -106,7 +106,7 @@ def _images(
 ) -> list[Figure]:
     splits = split(ds, len(readers))
     rounds: dict[str, list[Turn]] = {side: [] for side in splits}
-    for _ in range(1 + bench.pick(7, 1)):
+    for _ in range(1 + bench.pick(11, 1)):
         for side, its in splits.items():
             wait_for_quiet(bench.pick(3, 0))
             at = perf_counter() + ARRIVE_S

@@ -3,6 +3,7 @@
 import asyncio
 import heapq
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -40,6 +41,7 @@ from benchmarks.worker import Job, Ticks, percentiles, views
 
 AHEAD = "asyncsplit, epochs known"
 ON_DEMAND = "asyncsplit, on demand"
+KNOWN_ON_DEMAND = "asyncsplit, on demand, epochs known"
 BY_HAND = "by hand"
 EXECUTOR = "executor alone"
 FETCHED = "ray.get and conversion alone"
@@ -188,7 +190,6 @@ def _turnaround(bench: Bench, n: int) -> Figure:
     calls = ray.get(worker.call.remote(splits[OURS][0], bench.pick(200, 50)))
     raw["one call"] = [1e3 * took_s for took_s in calls]
     close(splits)
-    close({OURS: splits[AHEAD]})
     return Figure(
         f"turnaround-{n}",
         f"{n} consumers, {4 * n} blocks, arriving at the same random times within 0.2 s: from the"
@@ -295,9 +296,14 @@ def straggler(bench: Bench) -> list[Figure]:
     number, fast_s, slow_s = bench.pick(240, 80), 0.005, 0.05
     ds = table_blocks(number, 256, 4)
     nominal = 1e3 * _ideal_s(number, [slow_s] + [fast_s] * 3)
+    turns_each = bench.pick(7, 2)
+    demand = SplitOptions(routing="demand")
     iterators: dict[str, Sequence[Any]] = {
         **split(ds, 4),
-        ON_DEMAND: asyncsplit.streaming_split(ds, 4, options=SplitOptions(routing="demand")),
+        ON_DEMAND: asyncsplit.streaming_split(ds, 4, options=demand),
+        KNOWN_ON_DEMAND: asyncsplit.streaming_split(
+            ds, 4, options=replace(demand, epochs=1 + turns_each)
+        ),
     }
     kwargs = {"batch_size": 256, "batch_format": "numpy"}
 
@@ -316,7 +322,7 @@ def straggler(bench: Bench) -> list[Figure]:
         for side in iterators
     }
     bench.take_turns(turns, 1, rows=number * 256)
-    rounds = bench.take_turns(turns, bench.pick(5, 2), rows=number * 256)
+    rounds = bench.take_turns(turns, turns_each, rows=number * 256)
     raw = values(rounds, lambda turn: turn.epoch_ms)
     pauses = [
         [loop.paused_s / loop.batches for loop in turn.loops if loop.batches]
@@ -337,6 +343,7 @@ def straggler(bench: Bench) -> list[Figure]:
             raw,
             [
                 Target(ON_DEMAND, "ideal schedule", at_most=1.15),
+                Target(KNOWN_ON_DEMAND, "ideal schedule"),
                 Target(ON_DEMAND, "ideal schedule, exact pauses"),
                 Target(RAY, ON_DEMAND),
                 Target(RAY, OURS),
