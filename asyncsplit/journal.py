@@ -5,6 +5,7 @@ process is killed, and a few bytes take it some microseconds.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,9 @@ from asyncsplit.core.shuffle import ShuffleKey
 
 logger = logging.getLogger(__name__)
 
+ONE_WRITE_BYTES = 4096
+"""What the kernel writes as a whole or not at all, also when the process is killed: a page."""
+
 _COMMITTED = struct.Struct("<?QQQ")
 """Whether a split is read; then rows, check and low of its position."""
 
@@ -26,8 +30,10 @@ class Journal:
     """The last epoch: who reads it, and how much of each split is committed.
 
     What changes with each commit is overwritten in place, by one write that a kill does not
-    interrupt; for everything else the file is replaced. If that fails the job goes on without: a
-    restarted coordinator then knows only what consumers tell it.
+    interrupt. So is the whole of it when an epoch begins, if it is short enough for that; else the
+    file is replaced, in six calls, after each of which other threads may keep the interpreter for
+    5 ms. If it fails the job goes on without: a restarted coordinator then knows only what
+    consumers tell it.
     """
 
     def __init__(self, path: Path, n: int) -> None:
@@ -54,10 +60,13 @@ class Journal:
         self._noted = noted
         header = json.dumps(_header(noted)).encode() + b"\n"
         self._header_bytes = len(header)
-        records = (_pack(noted.positions.get(split)) for split in range(self._n))
+        content = header + b"".join(_pack(noted.positions.get(split)) for split in range(self._n))
+        if self._file is not None and len(content) <= ONE_WRITE_BYTES:
+            self._write(content, 0)  # what may stand behind it is not read
+            return
         try:
             temporary = self._path.with_suffix(".tmp")
-            temporary.write_bytes(header + b"".join(records))
+            temporary.write_bytes(content)
             temporary.replace(self._path)
             self.close()
             self._file = os.open(self._path, os.O_WRONLY)
@@ -73,13 +82,13 @@ class Journal:
         """Note how much of a split is committed."""
         if self._noted.positions.get(split) != position:
             self._noted.positions[split] = position
-            self._write(split, position)
+            self._commit(split, position)
 
     def leave(self, split: int) -> None:
         """Note that a split is not read any more."""
         self._noted.readers.pop(split, None)
         self._noted.positions.pop(split, None)
-        self._write(split, None)
+        self._commit(split, None)
 
     def remove(self) -> None:
         """Remove the file: no other coordinator comes."""
@@ -93,13 +102,19 @@ class Journal:
             os.close(self._file)
             self._file = None
 
-    def _write(self, split: int, position: Position | None) -> None:
-        if self._file is None:
-            return
+    def _commit(self, split: int, position: Position | None) -> None:
+        if self._file is not None:
+            self._write(_pack(position), self._header_bytes + split * _COMMITTED.size)
+
+    def _write(self, content: bytes, at: int) -> None:
+        assert self._file is not None
         try:
-            os.pwrite(self._file, _pack(position), self._header_bytes + split * _COMMITTED.size)
+            written = os.pwrite(self._file, content, at)
         except OSError as error:
             self._give_up(error)
+        else:
+            if written < len(content):
+                self._give_up(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
 
     def _give_up(self, error: Exception) -> None:
         """Leave nothing behind that is not true any more."""

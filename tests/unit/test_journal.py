@@ -1,6 +1,8 @@
 """What a coordinator finds of the one before it."""
 
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,32 @@ def test_an_epoch_that_is_over_has_no_readers(path: Path) -> None:
     assert Journal(path, 3).read() == Noted(4, {}, {})
 
 
+@pytest.mark.parametrize("n", [3, 300])
+def test_each_epoch_is_noted_in_place_of_the_last_whether_it_is_longer_or_shorter(
+    path: Path, n: int
+) -> None:
+    journal = Journal(path, n)
+    for epoch, readers in enumerate((range(2), range(n), range(0), range(1))):
+        noted = Noted(
+            epoch,
+            {split: Stream("c", split) for split in readers},
+            {split: PLAIN._replace(epoch=epoch, rows=split) for split in readers},
+        )
+        journal.begin(noted)
+        assert Journal(path, n).read() == noted
+    journal.commit(0, PLAIN._replace(epoch=3, rows=9))
+    found = Journal(path, n).read()
+    assert found is not None
+    assert found.positions[0].rows == 9
+
+
+def test_a_short_journal_is_the_same_file_in_each_epoch(path: Path) -> None:
+    journal = begun(path)
+    file = path.stat().st_ino
+    journal.begin(Noted(5, {}, {}))
+    assert path.stat().st_ino == file
+
+
 def test_at_the_end_nothing_is_left(path: Path) -> None:
     begun(path).remove()
     assert not list(path.parent.iterdir())
@@ -112,8 +140,29 @@ def test_where_nothing_can_be_written_the_job_goes_on(
 def test_on_a_full_disk_nothing_old_is_left_to_be_believed(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = begun(path)
+    journal = Journal(path, 300)  # too long to be written in place
+    journal.begin(Noted(4, {}, {}))
     path.with_suffix(".tmp").symlink_to("/dev/full")
+    with caplog.at_level(logging.WARNING):
+        journal.begin(Noted(5, {}, {}))
+    assert "No space left" in caplog.text
+    assert not path.exists()
+    assert Journal(path, 300).read() is None
+
+
+@pytest.mark.parametrize("room", [0, 10])
+def test_so_it_is_where_a_write_in_place_finds_no_room(
+    path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    journal = begun(path)
+    write = os.pwrite
+
+    def full(file: int, content: bytes, at: int) -> int:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, content[:room], at)
+
+    monkeypatch.setattr(os, "pwrite", full)
     with caplog.at_level(logging.WARNING):
         journal.begin(Noted(5, {}, {}))
     assert "No space left" in caplog.text
