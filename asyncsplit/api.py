@@ -78,7 +78,7 @@ def streaming_split(
             # Every message says where its sender stands, so a restarted coordinator can be sent
             # those that its predecessor did not answer.
             max_task_retries=-1 if options.coordinator_max_restarts else 0,
-            # Two calls of each consumer wait at a time; the rest is for everything else.
+            # A call of each consumer and one of each process wait; the rest is for everything else.
             max_concurrency=8 * n * options.replicas + 100,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
         )
