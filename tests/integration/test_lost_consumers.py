@@ -103,11 +103,12 @@ class Pair:
         batches = await asyncio.gather(*map(anext, self._streams))
         return [int(i) for batch in batches for i in batch["id"]]
 
-    async def end(self) -> None:
-        """Let go of both, one after the other."""
-        while self._its:
-            await self._streams.pop().aclose()
-            self._its.pop()
+    async def drop(self) -> None:
+        """Let go of one; return when the coordinator has had all that this process said of it."""
+        await self._streams.pop().aclose()
+        self._its.pop()
+        for it in self._its:
+            await it.status()
 
 
 def parked(coordinator: Any) -> int:
@@ -136,7 +137,9 @@ async def test_a_lifeline_ends_with_the_last_consumer_of_its_process() -> None:
     coordinator: Any = its[0].coordinator
     pair: Any = ray.remote(num_cpus=0)(Pair).remote(its)
     assert len(await pair.begin.remote()) == 20
-    await pair.end.remote()
+    await pair.drop.remote()
+    assert await coordinator.__ray_call__.remote(parked) == 1, "the other one still reads"
+    await pair.drop.remote()
 
     async def released() -> bool:
         return not await coordinator.__ray_call__.remote(parked)
