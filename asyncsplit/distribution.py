@@ -187,8 +187,9 @@ class Distribution:
             self._wake(split)
         self._set_timer(self.ledger.route_at)
         if self._pump is not None and not self.ledger.finished:
-            self._pump.allow(self.ledger.credit())
-            self._guard.report_consumer_bytes(self.ledger.held_bytes)
+            credit = self.ledger.credit()
+            self._pump.allow(credit)
+            self._guard.report_consumers(self.ledger.held_bytes, wanting=credit > 0)
 
     def _set_timer(self, at: float | None) -> None:
         """Route at that time, if nothing happens before."""

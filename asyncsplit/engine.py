@@ -126,9 +126,17 @@ class Execution:
             raise cause from cause.__cause__
         return Bundle(tuple(_parts(bundle)), bundle.schema)
 
-    def report_consumer_bytes(self, n: int) -> None:
-        """Tell Ray how many bytes of output wait for consumers: they count as the dataset's."""
-        self._executor.set_external_consumer_bytes(n)
+    def report_consumers(self, held_bytes: int, *, wanting: bool) -> None:
+        """Tell Ray's backpressure how much output consumers hold, and whether they want more.
+
+        Ray lets an execution fill its share of the object store if what it has ready is no more
+        than 10 times what consumers hold, and half of that share otherwise: whoever holds much
+        counts as fast. Of those who want no more, only a byte is told; 0 would mean "starving".
+
+        Upstream: ``backpressure_policy/downstream_capacity_backpressure_policy.py`` in
+        ``ray/data/_internal/execution/``.
+        """
+        self._executor.set_external_consumer_bytes(held_bytes if wanting else 1)
 
     def excuse_pause(self) -> None:
         """Tell Ray's no-progress guard that consumers, not the dataset, have paused.

@@ -121,10 +121,10 @@ class Guard:
         if schema is not None:
             self._resolve(schema)
 
-    def report_consumer_bytes(self, held_bytes: int) -> None:
-        """Tell the executor's backpressure how much consumers hold."""
+    def report_consumers(self, held_bytes: int, *, wanting: bool) -> None:
+        """Tell the executor's backpressure how much consumers hold, and whether they want more."""
         if self._execution is not None:
-            self._execution.report_consumer_bytes(held_bytes)
+            self._execution.report_consumers(held_bytes, wanting=wanting)
 
     def excuse_pause(self) -> None:
         """Tell the executor that it is the consumers who pause."""

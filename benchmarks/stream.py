@@ -34,6 +34,8 @@ BLOCK_ROWS, BATCH = 256, 64
 CONSUMERS = 2
 EVERY_S = 0.25
 MB = 10**6
+NOT_ABOVE = 0.98
+"""Ray's figure over ours: one run of each does not tell smaller differences apart."""
 
 
 class Reading(NamedTuple):
@@ -103,8 +105,7 @@ def _stream(name: str, size_mb: int, store_mb: int, pause_s: float) -> list[Figu
                 "same work",
                 raw,
                 [
-                    # Not above Ray's: one run of each does not tell smaller differences apart.
-                    Target(RAY, OURS, at_least=0.98),
+                    Target(RAY, OURS, at_least=NOT_ABOVE),
                     Target(OURS, f"{OURS}, early", at_most=1.05),
                     Target(RAY, f"{RAY}, early"),
                 ],
@@ -128,7 +129,7 @@ def _stream(name: str, size_mb: int, store_mb: int, pause_s: float) -> list[Figu
             "MiB",
             "same work",
             {side: [max(s.store_mib for s in taken)] for side, taken in samples.items()},
-            [Target(RAY, OURS, at_least=1)],
+            [Target(RAY, OURS, at_least=NOT_ABOVE)],
             details={
                 side: {
                     "early_and_late_mib": _early_and_late(taken, "store_mib"),

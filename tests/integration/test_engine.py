@@ -235,7 +235,7 @@ def test_shutdown_frees_a_pump_that_waits_for_the_datasets_code() -> None:
     waiting = threading.Thread(target=pump)
     waiting.start()
     ray.get(gate.reached.remote())
-    execution.report_consumer_bytes(1)
+    execution.report_consumers(1, wanting=True)
     shutting = [threading.Thread(target=execution.shutdown) for _ in range(2)]
     for thread in [*shutting, waiting]:
         if thread is not waiting:
@@ -245,7 +245,7 @@ def test_shutdown_frees_a_pump_that_waits_for_the_datasets_code() -> None:
         assert not thread.is_alive()
     assert [type(end) for end in ends] == [StopIteration]
     execution.shutdown()
-    execution.report_consumer_bytes(0)
+    execution.report_consumers(0, wanting=False)
     with pytest.raises(StopIteration):
         execution.next_bundle()
     assert not execution.is_alive

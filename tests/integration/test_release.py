@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import ray
+from packaging.version import Version
 from ray.actor import ActorHandle
 from ray.data import Dataset
 
@@ -170,18 +171,20 @@ async def test_one_split_leaving_early_does_not_change_the_others_share() -> Non
 
 
 async def test_a_paused_consumer_stops_production() -> None:
-    blocks = 160
+    blocks, share, prefetch = 160, 40, 8
     counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
     ds = counted(counter, blocks)
     ds.context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=8 * BLOCK_BYTES
+        object_store_memory=share * BLOCK_BYTES
     )
-    options = SplitOptions(prefetch_bytes=2 * BLOCK_BYTES)
+    options = SplitOptions(prefetch_bytes=prefetch * BLOCK_BYTES)
     (it,) = asyncsplit.streaming_split(ds, 1, options=options)
+    # Ray 2.56 does not count what consumers hold.
+    uncounted = prefetch + 1 if Version(ray.__version__) < Version("2.58") else 0
     async with it.iter_batches(batch_size=4) as stream:
         await anext(stream)
 
-        assert await settled(counter.get.remote) < blocks / 4
+        assert await settled(counter.get.remote) <= share / 2 + uncounted
         assert sum([len(batch["id"]) async for batch in stream]) == blocks * 4 - 4
 
 

@@ -182,7 +182,7 @@ class FakeExecution:
             self.is_over = True
             raise
 
-    def report_consumer_bytes(self, held_bytes: int) -> None:
+    def report_consumers(self, held_bytes: int, *, wanting: bool) -> None:
         assert held_bytes >= 0
 
     def excuse_pause(self) -> None:
