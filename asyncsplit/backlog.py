@@ -14,11 +14,11 @@ import ray
 from asyncsplit import engine, plain
 from asyncsplit.wire import Slice
 
-SMALL_BYTES = 2**20
+SMALL_BYTES = 4 * 2**20
 """Blocks up to this size are fetched together, at a fraction of what one call each costs; larger
 ones are asked for ahead, because it takes time if they come from another node."""
 
-GROUP_BYTES = 4 * 2**20
+GROUP_BYTES = 32 * 2**20
 GROUP_SLICES = 32
 """Bounds of one such group: together they keep the loop for about a millisecond."""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import count
 from pathlib import Path
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import ray
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 SUPPORTED_RAY = ">=2.56,<2.61"
 """Ray 2.54 does not hold a dataset back for slow consumers; 2.60 is the newest tested."""
+
+LOOK_OUT_S = 0.05
+"""For how long output is looked for more often than Ray does it, each time there is none."""
 
 
 def check_ray_version() -> None:
@@ -119,12 +123,26 @@ class Execution:
             StopIteration: the dataset is exhausted, or `shutdown` was called.
             Exception: what the dataset's code or Ray raised, as `unwrap` returns it.
         """
+        self._look_out()
         try:
             bundle = next(self._bundles)
         except RayError as error:
             cause = unwrap(error)
             raise cause from cause.__cause__
         return Bundle(tuple(_parts(bundle)), bundle.schema)
+
+    def _look_out(self) -> None:
+        """Return when there is output, or the end of it; or after `LOOK_OUT_S`, whatever there is.
+
+        Ray itself looks every 10 ms. But the rest of a long wait is left to Ray, which takes for
+        starving only who waits inside its ``get_next``.
+        """
+        began = perf_counter()
+        while self._executor._consumer_idling() and self._executor.is_alive():
+            waited_s = perf_counter() - began
+            if waited_s > LOOK_OUT_S:
+                return
+            sleep(max(0.0005, waited_s / 10))
 
     def report_consumers(self, held_bytes: int, *, wanting: bool) -> None:
         """Tell Ray's backpressure how much output consumers hold, and whether they want more.

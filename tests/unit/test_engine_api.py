@@ -80,6 +80,7 @@ def test_the_installed_ray_is_supported() -> None:
         (f"{EXECUTOR}.set_external_consumer_bytes", ["self", 0], {}),
         (f"{EXECUTOR}.shutdown", ["self"], {"force": True}),
         (f"{EXECUTOR}.is_alive", ["self"], {}),
+        (f"{EXECUTOR}._consumer_idling", ["self"], {}),
         (f"{EXECUTOR}.get_stats", ["self"], {}),
         ("ray.data._internal.stats.DatasetStats.to_summary", ["self"], {}),
         ("ray.data._internal.stats.DatasetStatsSummary.to_string", ["self"], {}),
