@@ -29,6 +29,8 @@ demo: venv ## Run the demo
 demo-observed: venv ## Run the demo, and ask a Prometheus what training waited for
 	$(BIN)/python -m asyncsplit demo --observed $(ARGS)
 
+# Ray starts hundreds of processes in a run, each of which would compile asyncsplit anew.
+test test-deep test-lowest: export PYTHONDONTWRITEBYTECODE :=
 test: venv ## Run every test
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 

@@ -268,7 +268,7 @@ def shuffle(bench: Bench) -> list[Figure]:
 
 def wide(bench: Bench) -> list[Figure]:
     """A thousand columns in many small blocks."""
-    number = bench.pick(300, 20)
+    number = bench.pick(1_000, 20)
     ds = table_blocks(number, 10, 1_000)
     rounds = bench.compare(
         ds,
