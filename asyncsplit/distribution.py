@@ -189,7 +189,9 @@ class Distribution:
         if self._pump is not None and not self.ledger.finished:
             credit = self.ledger.credit()
             self._pump.allow(credit)
-            self._guard.report_consumers(self.ledger.held_bytes, wanting=credit > 0)
+            # Not with each block: an executor that is held back would start a task for every one.
+            wanting = 2 * credit > self.ledger.budget_bytes
+            self._guard.report_consumers(self.ledger.held_bytes, wanting=wanting)
 
     def _set_timer(self, at: float | None) -> None:
         """Route at that time, if nothing happens before."""

@@ -149,7 +149,8 @@ class Execution:
 
         Ray lets an execution fill its share of the object store if what it has ready is no more
         than 10 times what consumers hold, and half of that share otherwise: whoever holds much
-        counts as fast. Of those who want no more, only a byte is told; 0 would mean "starving".
+        counts as fast. If they want no more, it is told of a single byte; 0 would mean that they
+        starve.
 
         Upstream: ``backpressure_policy/downstream_capacity_backpressure_policy.py`` in
         ``ray/data/_internal/execution/``.
