@@ -14,13 +14,16 @@ import ray
 from asyncsplit import engine, plain
 from asyncsplit.wire import Slice
 
-SMALL_BYTES = 4 * 2**20
+SMALL_BYTES = 2**20
 """Blocks up to this size are fetched together, at a fraction of what one call each costs; larger
 ones are asked for ahead, because it takes time if they come from another node."""
 
-GROUP_BYTES = 32 * 2**20
+GROUP_BYTES = 4 * 2**20
 GROUP_SLICES = 32
 """Bounds of one such group: together they keep the loop for about a millisecond."""
+
+HERE_BYTES = 32 * 2**20
+"""Larger blocks, up to so many bytes, are fetched together if all are on this node."""
 
 
 @dataclass(slots=True)
@@ -123,7 +126,7 @@ class Backlog:
                 part.size_bytes > SMALL_BYTES
                 and pending.fetch is None
                 and pending.packed is None
-                and not self._get([pending])
+                and not self._get_here(place)
             ):
                 pending.fetch = part.ref.future()
             elif place and part.size_bytes <= SMALL_BYTES and self._is_afar(pending):
@@ -133,6 +136,18 @@ class Backlog:
             # Ray goes on fetching them after this has returned.
             afar = list(dict.fromkeys(afar))
             ray.wait(afar, num_returns=len(afar), timeout=0, fetch_local=True)
+
+    def _get_here(self, place: int) -> bool:
+        """Get a block that is here, and with it those that follow it if they are, too."""
+        group: list[_Pending] = []
+        size = 0
+        for pending in itertools.islice(self._pending, place, place + GROUP_SLICES):
+            size += pending.slice.size_bytes
+            taken = pending.fetch or pending.packed or self._is_afar(pending)
+            if group and (taken or size > HERE_BYTES):
+                break
+            group.append(pending)
+        return self._get(group) or (len(group) > 1 and self._get(group[:1]))
 
     def _is_afar(self, pending: _Pending) -> bool:
         if pending.sent_for or pending.packed is not None:

@@ -68,34 +68,46 @@ def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint(at_once
         assert feed.position(0) == Position(0, rows=5, check=both, fed=1)
 
 
-def test_small_blocks_of_another_node_are_sent_for_ahead_of_their_group() -> None:
-    """They would be asked for together, and only when the first of them is needed."""
+def sent_for(node_id: str, *, rows: int, seconds: float, prefetch_batches: int) -> int:
+    """Return how many of 20 blocks a feed asks for before it has fed the first."""
     loop = VirtualLoop()
     use_clock(loop)
-
-    def sent_for(node_id: str) -> int:
-        refs = [Ref(range(5), loop, 1.0) for _ in range(20)]
-        slices = tuple(
-            Slice(ref, 0, 5, 5 * ROW_BYTES, node_id=node_id)  # type: ignore[arg-type]
-            for ref in refs
-        )
-        coordinator: Any = Answers(
-            start_epoch=[Started(Position(0), 10**6)], pull=[Delivery(0, slices, end=True)]
-        )
+    refs = [Ref(range(rows), loop, seconds) for _ in range(20)]
+    slices = tuple(
+        Slice(ref, 0, rows, rows * ROW_BYTES, node_id=node_id)  # type: ignore[arg-type]
+        for ref in refs
+    )
+    coordinator: Any = Answers(
+        start_epoch=[Started(Position(0), 10**6, Delivery(0, slices, end=True))]
+    )
+    with fakes_installed(), contextlib.closing(loop):
         feed = Feed(
             Consumer(coordinator, 0, 0),
             Stream("it", 1),
-            Pipeline(batch_size=5, batch_format=None),
-            prefetch_batches=9,
-            batch_size=5,
+            Pipeline(batch_size=rows, batch_format=None),
+            prefetch_batches=prefetch_batches,
+            batch_size=rows,
         )
-        for _ in range(3):
-            feed.advance(0)
-        return sum(ref.is_sent_for for ref in refs)
+        feed.advance(0)
+    return sum(ref.is_sent_for for ref in refs)
 
-    with fakes_installed(), contextlib.closing(loop):
-        assert sent_for("node") == 3, "a group, on the consumer's own node"
-        assert sent_for("another node") == 10, "and as far as prefetch_batches says, elsewhere"
+
+def test_small_blocks_of_another_node_are_sent_for_ahead_of_their_group() -> None:
+    """They would be asked for together, and only when the first of them is needed."""
+
+    def sent(node_id: str) -> int:
+        return sent_for(node_id, rows=5, seconds=1.0, prefetch_batches=9)
+
+    assert sent("node") == 3, "a group, on the consumer's own node"
+    assert sent("another node") == 10, "and as far as prefetch_batches says, elsewhere"
+
+
+def test_large_blocks_on_the_node_are_fetched_together() -> None:
+    def sent(node_id: str) -> int:
+        return sent_for(node_id, rows=10, seconds=0.0, prefetch_batches=1)
+
+    assert sent("node") == 4, "all that they may be together, in one call"
+    assert sent("another node") == 2, "as far as prefetch_batches says"
 
 
 def test_who_has_begun_nothing_draws_as_a_restarted_coordinator_says() -> None:

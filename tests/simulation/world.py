@@ -495,6 +495,7 @@ def fakes_installed() -> Iterator[None]:
         put(asyncsplit.backlog, "ray", SimpleNamespace(wait=fakes.wait, ObjectRef=Any))
         put(asyncsplit.backlog, "SMALL_BYTES", 8 * fakes.ROW_BYTES)
         put(asyncsplit.backlog, "GROUP_BYTES", 16 * fakes.ROW_BYTES)
+        put(asyncsplit.backlog, "HERE_BYTES", 40 * fakes.ROW_BYTES)
         put(asyncsplit.backlog, "perf_counter", _now)
         put(asyncsplit.feed, "perf_counter", _now)
         put(asyncsplit.stream, "perf_counter", _now)
