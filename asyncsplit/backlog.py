@@ -23,7 +23,7 @@ GROUP_SLICES = 32
 """Bounds of one such group: together they keep the loop for about a millisecond."""
 
 HERE_BYTES = 32 * 2**20
-"""Larger blocks, up to so many bytes, are fetched together if all are on this node."""
+"""Larger blocks are fetched together up to so many bytes, but for those of other nodes."""
 
 
 @dataclass(slots=True)
@@ -138,7 +138,7 @@ class Backlog:
             ray.wait(afar, num_returns=len(afar), timeout=0, fetch_local=True)
 
     def _get_here(self, place: int) -> bool:
-        """Get a block that is here, and with it those that follow it if they are, too."""
+        """Get a block if it is here, and with it those that follow if all of them are, too."""
         group: list[_Pending] = []
         size = 0
         for pending in itertools.islice(self._pending, place, place + GROUP_SLICES):

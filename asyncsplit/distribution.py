@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Callable, Iterable
 
 from asyncsplit import engine
+from asyncsplit.core.budget import is_short
 from asyncsplit.core.leases import SplitLog
 from asyncsplit.core.ledger import Ledger
 from asyncsplit.core.progress import Progress
@@ -189,8 +190,7 @@ class Distribution:
         if self._pump is not None and not self.ledger.finished:
             credit = self.ledger.credit()
             self._pump.allow(credit)
-            # Not with each block: an executor that is held back would start a task for every one.
-            wanting = 2 * credit > self.ledger.budget_bytes
+            wanting = is_short(credit, self.ledger.budget_bytes)
             self._guard.report_consumers(self.ledger.held_bytes, wanting=wanting)
 
     def _set_timer(self, at: float | None) -> None:

@@ -19,3 +19,12 @@ def prefetch_budget(asked: int | None, n: int, store_bytes: float | None) -> int
     if store_bytes is None:
         return PREFETCH_BYTES
     return max(1, min(PREFETCH_BYTES, int(store_bytes * STORE_SHARE / n)))
+
+
+def is_short(credit_bytes: int, budget_bytes: int) -> bool:
+    """Tell whether more than half of what may wait for a split is missing.
+
+    Only then is an executor that is held back to go on: if it did with each block that consumers
+    finish, it would start a task for every one.
+    """
+    return 2 * credit_bytes > budget_bytes

@@ -106,7 +106,7 @@ def test_large_blocks_on_the_node_are_fetched_together() -> None:
     def sent(node_id: str) -> int:
         return sent_for(node_id, rows=10, seconds=0.0, prefetch_batches=1)
 
-    assert sent("node") == 4, "all that they may be together, in one call"
+    assert sent("node") == 4, "as many as may be fetched together"
     assert sent("another node") == 2, "as far as prefetch_batches says"
 
 
