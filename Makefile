@@ -31,12 +31,13 @@ demo-observed: venv ## Run the demo, and ask a Prometheus what training waited f
 
 # Ray starts hundreds of processes in a run, each of which would compile asyncsplit anew.
 test test-deep test-lowest: export PYTHONDONTWRITEBYTECODE :=
-test: venv ## Run every test
-	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+test: venv ## Run every test but the deep ones
+	$(BIN)/python -m pytest -m 'not deep' $(PARALLEL) $(ARGS)
 
 test-deep: export HYPOTHESIS_PROFILE ?= deep
-test-deep: venv ## Run unit tests and simulations, with 2000 examples of each property, and with coverage
+test-deep: venv ## Run 2000 examples of each property, with coverage, and the long tests of whole jobs
 	$(BIN)/python -m pytest tests/unit tests/simulation $(PARALLEL) --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest -m deep $(PARALLEL) $(ARGS)
 
 test-unit: venv ## Run the tests that need no Ray cluster
 	$(BIN)/python -m pytest tests/unit $(ARGS)

@@ -7,7 +7,10 @@ from tests.chaos.kills import Chaos
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-@pytest.mark.parametrize(("equal", "seed", "killed"), [(True, 1, (1, 0, 0)), (False, 2, (2, 1, 1))])
+@pytest.mark.parametrize(
+    ("equal", "seed", "killed"),
+    [pytest.param(True, 1, (1, 0, 0), marks=pytest.mark.deep), (False, 2, (2, 1, 1))],
+)
 async def test_no_row_is_lost_and_none_committed_comes_again(
     equal: bool, seed: int, killed: tuple[int, int, int]
 ) -> None:

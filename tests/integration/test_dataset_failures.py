@@ -121,6 +121,7 @@ def test_blocks_lost_with_their_node_are_produced_again(play: Any) -> None:
         assert len(outcome["runs"]) > BLOCKS, f"they were lost: {mode}"
 
 
+@pytest.mark.deep
 def test_lost_blocks_that_cannot_be_produced_again_are_an_error_for_all(play: Any) -> None:
     for mode, outcome in play("blocks are lost for good").items():
         assert len(outcome["errors"]) == 2, mode

@@ -9,7 +9,11 @@ import pytest
 from tests.integration.conftest import ROOT
 from tests.integration.programs import Program
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+DEEP = {"ray_train.py"}
+EXAMPLES = [
+    pytest.param(path, id=path.name, marks=[pytest.mark.deep] if path.name in DEEP else [])
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 
 RUNS: dict[str, list[tuple[str, str]]] = {
     # The worker that died had seen 500 rows. Those that it had not committed came again.
@@ -28,7 +32,7 @@ RUNS: dict[str, list[tuple[str, str]]] = {
 """Arguments of each run of an example, and what it prints."""
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_runs(example: Path, run: Callable[[Program], str], tmp_path: Path) -> None:
     for arguments, expected in RUNS[example.name]:
         printed = run(Program(str(example), None, arguments.split(), str(tmp_path)))

@@ -61,6 +61,7 @@ async def die_and_die(mode: Mode, directory: Path) -> None:
                 pass
 
 
+@pytest.mark.deep
 async def test_the_dataset_dies_and_then_the_coordinator_whatever_the_mode(tmp_path: Path) -> None:
     async with asyncio.TaskGroup() as group:
         for number, mode in enumerate(MODES.values()):

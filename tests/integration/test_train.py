@@ -133,6 +133,7 @@ def killed(fit: Fit) -> Log:
     return fit(train_sync, 2, epochs=EPOCHS, stop_at=KILLED_AT, kill=True)
 
 
+@pytest.mark.deep
 def test_a_killed_group_goes_on_in_the_middle_of_the_epoch_as_if_nothing_had_been(
     killed: Log, uninterrupted: Log
 ) -> None:
@@ -149,6 +150,7 @@ def test_a_killed_group_goes_on_in_the_middle_of_the_epoch_as_if_nothing_had_bee
         assert steps == [expected[number - 1] for number in numbers], "rows and losses alike"
 
 
+@pytest.mark.deep
 def test_nothing_is_left_of_a_run_that_was_restarted_or_aborted_in_an_epoch(
     uninterrupted: Log, killed: Log, store_bytes: float
 ) -> None:
@@ -164,6 +166,7 @@ def test_nothing_is_left_of_a_run_that_was_restarted_or_aborted_in_an_epoch(
     asyncio.run(eventually(nothing_left, 60))
 
 
+@pytest.mark.deep
 def test_another_number_of_ranks_shares_what_is_left_and_one_needs_no_workers(
     fit: Fit, killed: Log, uninterrupted: Log
 ) -> None:

@@ -8,6 +8,7 @@ from tests.soak.soak import Soak
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
+@pytest.mark.deep
 async def test_nothing_is_lost_and_nothing_that_is_counted_grows() -> None:
     soak = Soak(epochs=30, seed=157)
     await soak.run()

@@ -70,6 +70,7 @@ def test_the_answers_say_what_the_queries_found() -> None:
     ]
 
 
+@pytest.mark.deep
 def test_prometheus_answers_what_training_waited_for_and_is_gone_after_that() -> None:
     tool("prometheus")
     done = subprocess.run([*COMMAND, "--observed"], capture_output=True, text=True, timeout=110)

@@ -207,6 +207,7 @@ async def test_a_job_whose_receiver_is_not_there_goes_on_as_if_nothing_were() ->
     assert await it.schema() is not None
 
 
+@pytest.mark.deep
 def test_it_works_with_rays_own_tracing_on(receiver: Receiver) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.telemetry.hooked"],
