@@ -29,7 +29,7 @@ from tests.integration.consume import eventually, read, read_epoch
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-def dataset(rows: int = 1000, *, blocks: int = 20, preserve_order: bool = True) -> Dataset:
+def dataset(rows: int = 1000, *, blocks: int = 10, preserve_order: bool = True) -> Dataset:
     ds = ray.data.range(rows, override_num_blocks=blocks).map_batches(lambda batch: batch)
     ds.context.execution_options.preserve_order = preserve_order
     return ds
@@ -76,8 +76,9 @@ async def test_a_restarted_coordinator_has_the_datasets_own_blocks(
 ) -> None:
     """Nobody holds the dataset any more but the iterator; Ray sees no reason to complain."""
 
+    rows = 20_000 if large else 100
+
     def split() -> AsyncDataIterator:
-        rows = 20_000 if large else 100
         source = ray.data.from_numpy([np.arange(rows) + i * rows for i in range(8)])
         zeros = np.zeros(20_000, np.int64)  # which is pickled with the dataset
         ds = source.map_batches(lambda batch: {"id": batch["data"] + zeros[: len(batch["data"])]})
@@ -88,11 +89,11 @@ async def test_a_restarted_coordinator_has_the_datasets_own_blocks(
     it = split()
     gc.collect()
     ids: list[int] = []
-    async for batch in it.iter_batches(batch_size=50):
+    async for batch in it.iter_batches(batch_size=rows // 2):
         if not ids:
             await kill_coordinator(it)
         ids += batch["id"].tolist()
-    assert ids == list(range(160_000 if large else 800))
+    assert ids == list(range(8 * rows))
     assert "constructor arguments" not in capfd.readouterr().err
 
 
@@ -139,7 +140,7 @@ def gated(gate: Gate) -> Dataset:
             gate.wait()
         return batch
 
-    ds = ray.data.range(1000, override_num_blocks=20).map_batches(wait)
+    ds = ray.data.range(1000, override_num_blocks=10).map_batches(wait)
     ds.context.execution_options.preserve_order = True
     return ds
 
@@ -256,9 +257,10 @@ async def test_without_restarts_a_dead_coordinator_is_an_error() -> None:
         await read_with_deaths(it, [300])
 
 
-async def stop_at(
-    it: AsyncDataIterator, rows: int, **kwargs: Any
-) -> tuple[list[int], dict[str, Any]]:
+Stopped = tuple[list[int], dict[str, Any]]
+
+
+async def stop_at(it: AsyncDataIterator, rows: int, **kwargs: Any) -> Stopped:
     """Read until at least so many rows are finished; return their ids and the state."""
     ids: list[int] = []
     async with it.iter_batches(batch_size=30, **kwargs) as stream:
@@ -267,6 +269,17 @@ async def stop_at(
                 return ids, it.state_dict()
             ids += batch["id"].tolist()
     return ids, it.state_dict()
+
+
+@pytest.fixture(scope="module")
+def stopped(ray_cluster: None) -> dict[int, list[Stopped]]:
+    """Return what one, two and three splits had read when they stopped, and their states."""
+
+    async def stop(n: int) -> list[Stopped]:
+        its = asyncsplit.streaming_split(dataset(), n)
+        return await asyncio.gather(*(stop_at(it, 90) for it in its))
+
+    return {n: asyncio.run(stop(n)) for n in (1, 2, 3)}
 
 
 @pytest.mark.parametrize(("equal", "whole_list"), [(True, False), (False, True)])
@@ -291,25 +304,25 @@ async def test_a_new_run_delivers_the_rest_of_the_epoch(equal: bool, whole_list:
 SHUFFLE: dict[str, Any] = {"local_shuffle_buffer_size": 60, "batch_size": 30}
 
 
-@pytest.mark.parametrize("seed", [7, None])
-async def test_a_shuffled_run_goes_on_in_the_order_it_had(seed: int | None) -> None:
+async def test_a_shuffled_run_goes_on_in_the_order_it_had() -> None:
     its = asyncsplit.streaming_split(dataset(), 2, equal=True)
-    stopped = await asyncio.gather(
-        *(
-            stop_at(it, rows, local_shuffle_buffer_size=60, local_shuffle_seed=seed)
-            for it, rows in zip(its, (90, 400), strict=True)
+    for seed in (7, None):
+        stopped = await asyncio.gather(
+            *(
+                stop_at(it, rows, local_shuffle_buffer_size=60, local_shuffle_seed=seed)
+                for it, rows in zip(its, (90, 400), strict=True)
+            )
         )
-    )
-    again = asyncsplit.streaming_split(dataset(), 2, equal=True)
-    for it, (_, state) in zip(again, stopped, strict=True):
-        it.load_state_dict(json.loads(json.dumps(state)))
-    rest = await read_epoch(again, **SHUFFLE)
-    epoch = [[*ids, *others] for (ids, _), others in zip(stopped, rest, strict=True)]
-    assert sorted(epoch[0] + epoch[1]) == list(range(1000))
-    if seed is not None:
-        assert epoch == await read_epoch(its, local_shuffle_seed=seed, **SHUFFLE), "drawn alike"
-    after = await read_epoch(again, **SHUFFLE)
-    assert sorted(after[0] + after[1]) == list(range(1000)), "and then full epochs"
+        again = asyncsplit.streaming_split(dataset(), 2, equal=True)
+        for it, (_, state) in zip(again, stopped, strict=True):
+            it.load_state_dict(json.loads(json.dumps(state)))
+        rest = await read_epoch(again, **SHUFFLE)
+        epoch = [[*ids, *others] for (ids, _), others in zip(stopped, rest, strict=True)]
+        assert sorted(epoch[0] + epoch[1]) == list(range(1000))
+        if seed is not None:
+            assert epoch == await read_epoch(its, local_shuffle_seed=seed, **SHUFFLE), "drawn alike"
+        after = await read_epoch(again, **SHUFFLE)
+        assert sorted(after[0] + after[1]) == list(range(1000)), "and then full epochs"
 
 
 async def test_a_shuffled_state_needs_the_same_shuffle() -> None:
@@ -320,9 +333,9 @@ async def test_a_shuffled_state_needs_the_same_shuffle() -> None:
         {**SHUFFLE, "batch_size": 10},
         {**SHUFFLE, "local_shuffle_buffer_size": 9},
     ]
+    (again,) = asyncsplit.streaming_split(dataset(), 1)
+    again.load_state_dict(state)
     for arguments in others:
-        (again,) = asyncsplit.streaming_split(dataset(), 1)
-        again.load_state_dict(state)
         says = "local_shuffle_buffer_size=60 and batch_size=30"
         with pytest.raises(StateMismatchError, match=says):
             await read(again, **arguments)
@@ -378,13 +391,10 @@ async def test_a_split_that_had_finished_has_nothing_left_for_others() -> None:
     assert sorted(first + ids + await read(again)) == list(range(1000))
 
 
-async def test_states_of_two_runs_are_refused() -> None:
-    stopped = []
-    for n in (2, 3):
-        its = asyncsplit.streaming_split(dataset(), n)
-        stopped.append([state for _, state in await asyncio.gather(*(stop_at(i, 60) for i in its))])
+async def test_states_of_two_runs_are_refused(stopped: dict[int, list[Stopped]]) -> None:
+    runs = [[state for _, state in stopped[n]] for n in (2, 3)]
     again = asyncsplit.streaming_split(dataset(), 4)
-    for it, states in zip(again, stopped * 2, strict=True):
+    for it, states in zip(again, runs * 2, strict=True):
         it.load_state_dict(states)
     outcomes = await asyncio.gather(*map(read, again), return_exceptions=True)
     assert all(isinstance(outcome, StateMismatchError) for outcome in outcomes)
@@ -402,14 +412,13 @@ async def test_states_between_epochs() -> None:
     assert again.state_dict()["epoch"] == 2
 
 
-async def test_another_dataset_is_refused() -> None:
+async def test_another_dataset_is_refused(stopped: dict[int, list[Stopped]]) -> None:
     """And so is one whose blocks do not go to the same splits again."""
-    (it,) = asyncsplit.streaming_split(dataset(), 1)
-    _, state = await stop_at(it, 300)
+    ((ids, state),) = stopped[1]
     others = [
         (dataset(2000), SplitOptions()),
-        (dataset(blocks=10), SplitOptions()),
-        (dataset(100, blocks=2), SplitOptions()),
+        (dataset(blocks=5), SplitOptions()),
+        (dataset(len(ids) // 2, blocks=2), SplitOptions()),
         (dataset(preserve_order=False), SplitOptions()),
         (dataset(), SplitOptions(routing="demand")),
     ]
@@ -420,10 +429,11 @@ async def test_another_dataset_is_refused() -> None:
             await read(again)
 
 
-async def test_a_state_goes_along_to_where_the_split_is_read(start: Any) -> None:
+async def test_a_state_goes_along_to_where_the_split_is_read(
+    start: Any, stopped: dict[int, list[Stopped]]
+) -> None:
     """Also again, when whoever reads it is restarted with what it was given."""
-    (it,) = asyncsplit.streaming_split(dataset(), 1)
-    begin, state = await stop_at(it, 300)
+    ((begin, state),) = stopped[1]
     (again,) = asyncsplit.streaming_split(dataset(), 1)
     again.load_state_dict(state)
     first = start(again, prefetch_batches=0)
@@ -438,11 +448,9 @@ async def test_a_state_goes_along_to_where_the_split_is_read(start: Any) -> None
     assert rest[0] <= len(begin) + 10, "its second batch was not committed"
 
 
-async def test_states_of_some_splits_only_are_refused() -> None:
-    its = asyncsplit.streaming_split(dataset(), 2)
-    stopped = await asyncio.gather(stop_at(its[0], 90), stop_at(its[1], 90))
+async def test_states_of_some_splits_only_are_refused(stopped: dict[int, list[Stopped]]) -> None:
     again = asyncsplit.streaming_split(dataset(), 2)
-    again[0].load_state_dict(stopped[0][1])
+    again[0].load_state_dict(stopped[2][0][1])
     outcomes = await asyncio.gather(*(read(it) for it in again), return_exceptions=True)
     assert all(isinstance(outcome, StateMismatchError) for outcome in outcomes)
 
