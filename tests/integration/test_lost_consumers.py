@@ -24,27 +24,44 @@ from tests.integration.consume import eventually, read, read_epoch
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-def thousand(blocks: int = 20, *, preserve_order: bool = True) -> Dataset:
+def thousand(blocks: int = 10, *, preserve_order: bool = True) -> Dataset:
     ds = ray.data.range(1000, override_num_blocks=blocks)
     ds.context.execution_options.preserve_order = preserve_order
     return ds
+
+
+@pytest.fixture(scope="module")
+def equal_splits(ray_cluster: None) -> list[AsyncDataIterator]:
+    """Return two splits for tests that leave them between two epochs."""
+    # Of so many blocks a shuffle soon is through with the first ones.
+    return asyncsplit.streaming_split(thousand(20), 2, equal=True)
+
+
+@pytest.fixture(scope="module")
+def splits(ray_cluster: None) -> list[AsyncDataIterator]:
+    """Return two splits for tests that leave them between two epochs."""
+    return asyncsplit.streaming_split(thousand(preserve_order=False), 2)
+
+
+@pytest.fixture
+def demanding_splits(ray_cluster: None) -> list[AsyncDataIterator]:
+    options = SplitOptions(routing="demand")
+    return asyncsplit.streaming_split(thousand(preserve_order=False), 2, options=options)
 
 
 async def committed(it: AsyncDataIterator, split: int) -> int:
     return (await it.status()).committed_rows[split]
 
 
+# Order plays no part: what comes again is remembered, not produced again.
 @pytest.mark.parametrize(
-    ("death", "equal", "routing"),
-    [("SIGKILL", True, "rows"), ("ray.kill", False, "rows"), ("SIGKILL", False, "demand")],
+    ("death", "kind"),
+    [("SIGKILL", "equal_splits"), ("ray.kill", "splits"), ("SIGKILL", "demanding_splits")],
 )
 async def test_a_replacement_goes_on_from_the_first_uncommitted_row(
-    death: str, equal: bool, routing: Any, start: Any
+    death: str, kind: str, start: Any, request: pytest.FixtureRequest
 ) -> None:
-    options = SplitOptions(routing=routing)
-    # Order plays no part: what comes again is remembered, not produced again.
-    ds = thousand(preserve_order=equal)
-    first, second = asyncsplit.streaming_split(ds, 2, equal=equal, options=options)
+    first, second = request.getfixturevalue(kind)
     victim = start(first)
     async with second.iter_batches(batch_size=10) as stream:
         # It reads on only when the victim is dead: else it could get all there is, on demand.
@@ -65,9 +82,11 @@ async def test_a_replacement_goes_on_from_the_first_uncommitted_row(
     assert sorted(seen + rest[len(again) :] + others) == list(range(1000))
 
 
-async def test_a_replacement_goes_on_in_the_shuffled_order(start: Any) -> None:
+async def test_a_replacement_goes_on_in_the_shuffled_order(
+    start: Any, equal_splits: list[AsyncDataIterator]
+) -> None:
     """Which the one before has drawn without being given a seed."""
-    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
+    first, second = equal_splits
     others = asyncio.create_task(read(second))
     victim = start(first, local_shuffle_buffer_size=100)
     seen = [i for _ in range(20) for i in await victim.next.remote()]
@@ -116,39 +135,50 @@ def parked(coordinator: Any) -> int:
     return len(coordinator._runner.lifelines._parked)
 
 
-async def test_consumers_of_one_process_share_a_lifeline_and_die_together() -> None:
-    its = asyncsplit.streaming_split(thousand(), 2)
-    coordinator: Any = its[0].coordinator
-    pair: Any = ray.remote(num_cpus=0)(Pair).remote(its)
+def deaths(coordinator: Any) -> int:
+    """Count the consumers that a coordinator has seen die."""
+    return int(coordinator._state.deaths)
+
+
+async def test_consumers_of_one_process_share_a_lifeline_and_die_together(
+    splits: list[AsyncDataIterator],
+) -> None:
+    coordinator: Any = splits[0].coordinator
+    others, before = [await coordinator.__ray_call__.remote(count) for count in (parked, deaths)]
+    pair: Any = ray.remote(num_cpus=0)(Pair).remote(splits)
     await pair.begin.remote()
-    assert await coordinator.__ray_call__.remote(parked) == 1
+    assert await coordinator.__ray_call__.remote(parked) == others + 1
     ray.kill(pair)
 
     async def buried() -> bool:
-        return bool(await coordinator.__ray_call__.remote(lambda self: self._state.deaths == 2))
+        return bool(await coordinator.__ray_call__.remote(deaths) == before + 2)
 
     await eventually(buried)
-    ids = await asyncio.gather(*map(read, its))
+    ids = await asyncio.gather(*map(read, splits))
     assert sorted(chain(*ids)) == list(range(1000)), "nothing was committed"
 
 
-async def test_a_lifeline_ends_with_the_last_consumer_of_its_process() -> None:
-    its = asyncsplit.streaming_split(thousand(), 2)
-    coordinator: Any = its[0].coordinator
-    pair: Any = ray.remote(num_cpus=0)(Pair).remote(its)
+async def test_a_lifeline_ends_with_the_last_consumer_of_its_process(
+    splits: list[AsyncDataIterator],
+) -> None:
+    coordinator: Any = splits[0].coordinator
+    others = await coordinator.__ray_call__.remote(parked)
+    pair: Any = ray.remote(num_cpus=0)(Pair).remote(splits)
     assert len(await pair.begin.remote()) == 20
     await pair.drop.remote()
-    assert await coordinator.__ray_call__.remote(parked) == 1, "the other one still reads"
+    assert await coordinator.__ray_call__.remote(parked) == others + 1, "the other one still reads"
     await pair.drop.remote()
 
     async def released() -> bool:
-        return not await coordinator.__ray_call__.remote(parked)
+        return bool(await coordinator.__ray_call__.remote(parked) == others)
 
     await eventually(released)
 
 
-async def test_others_go_on_while_a_consumer_is_dead(start: Any) -> None:
-    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
+async def test_others_go_on_while_a_consumer_is_dead(
+    start: Any, equal_splits: list[AsyncDataIterator]
+) -> None:
+    first, second = equal_splits
     victim, other = start(first), asyncio.create_task(read(second))
     await victim.next.remote()
     ray.kill(victim)
@@ -156,8 +186,10 @@ async def test_others_go_on_while_a_consumer_is_dead(start: Any) -> None:
     assert len(await start(first).rest.remote()) == 500
 
 
-async def test_a_consumer_that_died_at_the_barrier_is_missing_again(start: Any) -> None:
-    first, second = asyncsplit.streaming_split(thousand(), 2)
+async def test_a_consumer_that_died_at_the_barrier_is_missing_again(
+    start: Any, splits: list[AsyncDataIterator]
+) -> None:
+    first, second = splits
     victim = start(first)
     waiting = victim.next.remote()
 
@@ -204,7 +236,7 @@ async def test_a_split_missing_at_the_barrier_ends_in_an_error_that_names_it() -
 
 async def test_a_silent_split_others_need_ends_the_epoch_for_all() -> None:
     options = SplitOptions(barrier_timeout_s=2, prefetch_bytes=1)
-    first, second = asyncsplit.streaming_split(thousand(50), 2, options=options)
+    first, second = asyncsplit.streaming_split(thousand(20), 2, options=options)
     async with first.iter_batches(batch_size=1) as silent:
         _, outcome = await asyncio.gather(anext(silent), read(second), return_exceptions=True)
         assert isinstance(outcome, ConsumerLostError)
@@ -232,7 +264,7 @@ async def read_twice(it: AsyncDataIterator) -> list[int]:
 
 async def test_a_dead_consumer_nobody_replaces_ends_the_wait_early(start: Any) -> None:
     options = SplitOptions(rejoin_timeout_s=1, prefetch_bytes=1)
-    first, second = asyncsplit.streaming_split(thousand(50), 2, options=options)
+    first, second = asyncsplit.streaming_split(thousand(20), 2, options=options)
     victim, other = start(first), asyncio.create_task(read(second))
     await victim.next.remote()
     ray.kill(victim)
@@ -243,7 +275,7 @@ async def test_a_dead_consumer_nobody_replaces_ends_the_wait_early(start: Any) -
 
 async def test_an_epoch_all_of_whose_consumers_died_is_stopped(start: Any) -> None:
     options = SplitOptions(rejoin_timeout_s=1, prefetch_bytes=1)
-    (it,) = asyncsplit.streaming_split(thousand(50), 1, options=options)
+    (it,) = asyncsplit.streaming_split(thousand(20), 1, options=options)
     victim = start(it)
     await victim.next.remote()
     ray.kill(victim)
@@ -276,10 +308,10 @@ async def test_a_retried_task_goes_on() -> None:
 
 
 async def test_the_no_progress_guard_leaves_a_pause_of_the_consumers_alone() -> None:
-    ds = ray.data.range(4000, override_num_blocks=400).map_batches(lambda batch: batch)
+    ds = ray.data.range(1000, override_num_blocks=100).map_batches(lambda batch: batch)
     ds.context.execution_no_progress_timeout_s = 2
     ds.context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=10_000
+        object_store_memory=2_000
     )
     (it,) = asyncsplit.streaming_split(ds, 1, options=SplitOptions(prefetch_bytes=1))
     async with it.iter_batches(batch_size=10) as stream:
@@ -287,4 +319,4 @@ async def test_the_no_progress_guard_leaves_a_pause_of_the_consumers_alone() -> 
         await asyncio.sleep(6)  # the pause itself: a validation run
         async for batch in stream:
             ids += batch["id"].tolist()
-    assert sorted(ids) == list(range(4000))
+    assert sorted(ids) == list(range(1000))

@@ -184,6 +184,7 @@ async def test_a_driver_that_ends_in_an_epoch_leaves_nothing(end: str, all_free:
         driver.send_signal(signal.Signals[end])
     _, err = await driver.communicate()
     assert (b"KeyboardInterrupt" in err) == (end == "SIGINT"), err.decode()
+    assert (driver.returncode == 0) == (end == "return"), err.decode()
     assert b"never retrieved" not in err
     assert b"was destroyed" not in err
     await nothing_is_left(pids, all_free)
