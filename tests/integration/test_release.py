@@ -163,7 +163,7 @@ async def test_leaving_early_stops_the_executor(leave: Any, counting: Counting) 
 
 
 async def test_one_split_leaving_early_does_not_change_the_others_share() -> None:
-    ds = ray.data.range(1000, override_num_blocks=20)
+    ds = ray.data.range(1000, override_num_blocks=10)
     first, second = asyncsplit.streaming_split(ds, 2)
     _, ids = await asyncio.gather(leave_by_break(first), read(second))
     assert len(ids) == 500
@@ -198,7 +198,7 @@ async def test_a_budget_smaller_than_a_block_still_makes_progress(equal: bool) -
 
 
 async def test_shutdown_ends_open_streams_with_an_error() -> None:
-    ds = ray.data.range(100_000, override_num_blocks=100)
+    ds = ray.data.range(20_000, override_num_blocks=20)
     first, second = asyncsplit.streaming_split(ds, 2, options=SplitOptions(prefetch_bytes=1))
     async with first.iter_batches() as one, second.iter_batches() as two:
         await asyncio.gather(anext(one), anext(two))
@@ -222,7 +222,7 @@ async def unreachable(url: str) -> bool:
 
 @pytest.mark.parametrize("reading", [False, True])
 async def test_the_coordinator_ends_with_the_last_iterator(reading: bool) -> None:
-    ds = ray.data.range(1000, override_num_blocks=50)
+    ds = ray.data.range(1000, override_num_blocks=10)
     its = asyncsplit.streaming_split(ds, 2, options=SplitOptions(prefetch_bytes=1))
     url = await its[0].metrics_url()
     assert url is not None
@@ -234,7 +234,7 @@ async def test_the_coordinator_ends_with_the_last_iterator(reading: bool) -> Non
 
 
 async def test_killing_the_coordinator_is_an_error_that_says_so() -> None:
-    ds = ray.data.range(100_000, override_num_blocks=100)
+    ds = ray.data.range(20_000, override_num_blocks=20)
     (it,) = asyncsplit.streaming_split(ds, 1, options=SplitOptions(prefetch_bytes=1))
     async with it.iter_batches() as stream:
         await anext(stream)
@@ -251,7 +251,7 @@ async def test_nothing_is_left_when_the_driver_shuts_ray_down() -> None:
 import asyncio, sys, ray, asyncsplit
 ray.init(address=sys.argv[1], log_to_driver=False)
 async def main():
-    its = asyncsplit.streaming_split(ray.data.range(10_000, override_num_blocks=100), 2)
+    its = asyncsplit.streaming_split(ray.data.range(10_000, override_num_blocks=10), 2)
     streams = [it.iter_batches(batch_size=1) for it in its]
     await asyncio.gather(*(anext(stream) for stream in streams))
     print(await its[0].metrics_url(), flush=True)

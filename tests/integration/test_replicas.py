@@ -20,7 +20,7 @@ TWO = SplitOptions(replicas=2)
 
 
 def thousand() -> Dataset:
-    ds = ray.data.range(1000, override_num_blocks=20)
+    ds = ray.data.range(1000, override_num_blocks=10)
     ds.context.execution_options.preserve_order = True
     return ds
 

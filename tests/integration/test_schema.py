@@ -15,7 +15,7 @@ from tests.integration.consume import eventually, read, stopped
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-def unknown_schema(blocks: int = 50) -> Dataset:
+def unknown_schema(blocks: int = 10) -> Dataset:
     """Return a dataset whose schema only an execution can tell."""
     return ray.data.range(1000, override_num_blocks=blocks).map_batches(
         lambda batch: {"id": batch["id"], "twice": batch["id"] * 2.0}
@@ -73,7 +73,7 @@ async def test_waiting_for_the_epoch_to_end() -> None:
 
 
 async def test_racing_with_epoch_starts_never_runs_two_executors() -> None:
-    for _ in range(5):
+    for _ in range(3):
         (it,) = asyncsplit.streaming_split(unknown_schema(4), 1)
         outcomes = await asyncio.gather(
             *(it.schema() for _ in range(3)), read(it), it.schema(), return_exceptions=True

@@ -70,12 +70,12 @@ def test_it_is_a_data_iterator_with_all_that_one_has(it: SyncDataIterator) -> No
     assert "ReadRange" in it.stats()
 
 
-@ray.remote(num_cpus=0)
-def read_there(it: DataIterator) -> list[int]:
-    return ids(it.iter_batches(batch_size=7))
-
-
 def test_in_workers_it_has_the_splits_rows(dataset: Dataset) -> None:
+    # Not at the top of the module, which a worker would import to find it, and PyTorch with it.
+    @ray.remote(num_cpus=0)
+    def read_there(it: DataIterator) -> list[int]:
+        return [int(i) for batch in it.iter_batches(batch_size=7) for i in batch["id"]]
+
     splits = asyncsplit.streaming_split(dataset, 2, equal=True)
     parts = ray.get([read_there.remote(split.as_data_iterator()) for split in splits])
     assert sorted(parts[0] + parts[1]) == list(range(100))
