@@ -6,6 +6,7 @@ A thin shell: who may start, which split gets a block and what is acknowledged i
 (`asyncsplit.guard`), taking blocks on another (`asyncsplit.pump`).
 """
 
+import asyncio
 import gc
 import os
 from collections.abc import Sequence
@@ -35,6 +36,10 @@ from asyncsplit.telemetry.state import CoordinatorState
 from asyncsplit.telemetry.summary import summary
 from asyncsplit.telemetry.tracing import Carrier, Tracing
 from asyncsplit.wire import Delivery, Lifeline, Rejoin, Started, Status, replies
+
+FIRST_BLOCKS_S = 0.05
+"""How long the answer to an arrival waits for blocks to bring along: where all arrive at once, the
+executor has only just started, and the first pull would come while it keeps the interpreter."""
 
 
 class SplitCoordinator:
@@ -124,9 +129,17 @@ class SplitCoordinator:
         # Who goes on after a restart knows better where to read from.
         if (position and position.fed) or not self._reads(split, stream, started.epoch):
             return started
-        delivery = self._runner.distribution.read(split, None)
+        distribution = self._runner.distribution
+        delivery = distribution.read(split, None)
         if not (delivery.slices or delivery.end):
-            return started
+            try:
+                async with asyncio.timeout(FIRST_BLOCKS_S):
+                    await distribution.news(split, self._runner.waits.tick())
+            except TimeoutError:
+                return started
+            if not self._reads(split, stream, started.epoch):
+                return started
+            delivery = distribution.read(split, None)
         self._state.send(split, delivery)
         return started._replace(delivery=delivery)
 

@@ -113,11 +113,12 @@ class Distribution:
         self._wake(split)
         waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
         self.waiting_since[split] = max(now, self.ledger.held_until(split))
-        await waiting
-        if self._pulls.get(split) is not waiting:
-            return False
-        del self._pulls[split], self.waiting_since[split]
-        return True
+        try:
+            await waiting
+        finally:
+            if newest := self._pulls.get(split) is waiting:
+                del self._pulls[split], self.waiting_since[split]
+        return newest
 
     def ask(self, split: int, rows_ahead: int, counters: ConsumerCounters) -> None:
         """Note what a consumer has ahead, and how fast it is, for the next `acknowledge`."""

@@ -33,6 +33,10 @@ from asyncsplit.wire import Failure, Lifeline, Started
 
 T = TypeVar("T")
 
+AHEAD_AFTER_S = 0.1
+"""How long the executor waits with an epoch that nobody waits for: its start takes the interpreter
+for 10 to 30 ms, in which the epoch under way gets no blocks."""
+
 
 class EpochRunner:
     """The epochs of one dataset's splits: the one under way, and the barrier of the next."""
@@ -254,7 +258,7 @@ class EpochRunner:
         )
         for split in self.epochs.active:
             self._openings.answer(split, self._started[split])
-        self._start_ahead()  # it may be exhausted
+        self._start_ahead_soon()  # it may be exhausted
         self._end_if_all_left()
 
     def _start_at(self, split: int) -> Started:
@@ -280,6 +284,13 @@ class EpochRunner:
         if self.epochs.may_start_ahead(exhausted=exhausted, total=self._total):
             self._ahead.begin(self._new_distribution(), self.epochs.epoch + 1)
 
+    def _start_ahead_soon(self) -> None:
+        """Start the next epoch ahead, but let this one's blocks go first if nobody waits for it."""
+        if self.epochs.arrived:
+            self._start_ahead()
+        else:
+            asyncio.get_running_loop().call_later(AHEAD_AFTER_S, self._start_ahead)
+
     def _drop_unawaited(self) -> None:
         """Stop the epoch started ahead if it is certain no more that it comes."""
         if self._ahead.distribution is not None and not self.epochs.is_awaited(self._total):
@@ -292,7 +303,7 @@ class EpochRunner:
         if distribution.error is not None:
             self._fail(distribution.error)
         elif self.epochs.phase is Phase.RUNNING:
-            self._start_ahead()
+            self._start_ahead_soon()
 
     def _is_starting(self, epoch: int) -> bool:
         return epoch == self.epochs.epoch and self.epochs.phase is Phase.STARTING
@@ -366,6 +377,7 @@ class EpochRunner:
         if running and self.epochs.phase is Phase.RUNNING:
             self._journal.leave(split)
             self.distribution.leave(split)
+            self._start_ahead()  # while it is known that another comes
             self._end_if_all_left()
         self._open_if_ready()
         self._drop_unawaited()

@@ -452,8 +452,9 @@ CATALOG = (
         "seconds",
         ("dataset", "cause"),
         "Seconds of data stall of all splits, by what the loops waited for: the barrier (other"
-        " splits, or the executor's start), data that the dataset had not produced or another"
-        " split's budget held back, the transfer of blocks, or their conversion into batches.",
+        " splits, the executor's start, and up to 50 ms for its first blocks), data that the"
+        " dataset had not produced or another split's budget held back, the transfer of blocks, or"
+        " their conversion into batches.",
         "overview",
         "Data stall by cause",
         _keyed(_stalls),

@@ -7,11 +7,12 @@ from unittest.mock import patch
 
 import pytest
 
+from asyncsplit.coordinator import FIRST_BLOCKS_S
 from asyncsplit.core.epochs import Phase
 from asyncsplit.core.position import Position, fingerprint
 from asyncsplit.errors import ExecutionActiveError
-from asyncsplit.runner import EpochRunner
-from asyncsplit.wire import Failure
+from asyncsplit.runner import AHEAD_AFTER_S, EpochRunner
+from asyncsplit.wire import Delivery, Failure
 from tests.simulation.dataset import DatasetError, FakeExecution
 from tests.simulation.test_protocol import BARRIER_S, Job, ProtocolMachine
 
@@ -86,6 +87,61 @@ def test_while_one_still_reads_what_is_there_the_next_epoch_is_started() -> None
     finally:
         job.close()
         machine.fakes.close()
+
+
+@contextlib.contextmanager
+def all_arrived(next_bundle_s: float, epochs: int | None = None) -> Iterator[ProtocolMachine]:
+    """Have two splits arrive for their first epoch, of a dataset that fast."""
+    machine = ProtocolMachine()
+    machine.start(n=2, mode=(True, "rows", True), sizes=[4] * 8, budget=1000, epochs=epochs)
+    try:
+        with patch.object(FakeExecution, "seconds_to_next", lambda self: next_bundle_s):
+            for reader in machine.job.readers.values():
+                reader.open()
+            machine.deliver_all()
+            while runner(machine.job).epochs.phase is not Phase.RUNNING:
+                machine.job.pass_time(0.001)
+            yield machine
+    finally:
+        machine.job.close()
+        machine.fakes.close()
+
+
+def test_the_answer_to_an_arrival_brings_blocks_that_come_soon() -> None:
+    with all_arrived(next_bundle_s=FIRST_BLOCKS_S / 10) as machine:
+        machine.job.pass_time(FIRST_BLOCKS_S)
+        for reader in machine.job.readers.values():
+            assert reader.started is not None
+            assert reader.started.delivery is not None
+            assert Delivery(*reader.started.delivery).slices
+        read_until(machine, {0})
+
+
+def test_the_answer_to_an_arrival_does_not_wait_long_for_blocks() -> None:
+    with all_arrived(next_bundle_s=2 * FIRST_BLOCKS_S) as machine:
+        machine.job.pass_time(1.5 * FIRST_BLOCKS_S)
+        for reader in machine.job.readers.values():
+            assert reader.started is not None
+            assert reader.started.delivery is None
+        assert not runner(machine.job).distribution.waiting_since
+        read_until(machine, {0})
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_an_epoch_nobody_waits_for_lets_the_blocks_before_it_go_first(leaves: bool) -> None:
+    with all_arrived(next_bundle_s=0.0, epochs=2) as machine:
+        job = machine.job
+        while not runner(job).distribution.ledger.finished:
+            job.pass_time(0.001)
+        assert len(runner(job).distributions) == 1
+        if leaves:
+            while job.readers[0].stream is not None:
+                job.readers[0].act(4, 1.0)
+                machine.deliver_all()
+        else:
+            job.pass_time(AHEAD_AFTER_S)
+        assert len(runner(job).distributions) == 2
+        read_until(machine, {0, 1})
 
 
 def leave(machine: ProtocolMachine) -> None:

@@ -295,7 +295,10 @@ class Job:
         sizes: tuple[int, ...],
         budget: int,
         replicas: int = 1,
+        epochs: int | None = None,
     ) -> None:
+        self.epochs = epochs
+        """How many there will be, if the coordinator knows."""
         self.n = n * replicas
         """How many consumers there are; where they are replicas, each is called a split here."""
         self.replicas = replicas
@@ -361,6 +364,7 @@ class Job:
             prefetch_bytes=self.budget,
             barrier_timeout_s=BARRIER_S,
             rejoin_timeout_s=REJOIN_S,
+            epochs=self.epochs,
             replicas=self.replicas,
             telemetry=TelemetryConfig(enabled=False),
         )
@@ -648,7 +652,7 @@ class Job:
                 self.places[split] = stream
                 self.bounds[split] = ledger.logs[split].leased_bytes
         for ahead in runner.distributions[1:]:
-            assert epochs.arrived, "nobody waits for what was started ahead"
+            assert epochs.arrived or self.epochs, "nobody waits for what was started ahead"
             for log in ahead.ledger.logs:
                 assert log.waiting_bytes < self.budget + max(self.sizes) * ROW_BYTES
         if epochs.phase is not Phase.RUNNING:
@@ -735,10 +739,11 @@ class ProtocolMachine(RuleBasedStateMachine):
         sizes: list[int],
         budget: int,
         replicas: int = 1,
+        epochs: int | None = None,
     ) -> None:
         self.fakes = contextlib.ExitStack()
         self.fakes.enter_context(fakes_installed())
-        self.job = Job(n, mode, tuple(sizes), budget, replicas)
+        self.job = Job(n, mode, tuple(sizes), budget, replicas, epochs)
 
     def teardown(self) -> None:
         if not hasattr(self, "job"):
