@@ -114,6 +114,7 @@ async def test_blocks_whose_owner_died_are_an_error_for_all(mapped: bool) -> Non
     await eventually(lambda: stopped(its[0]))
 
 
+@pytest.mark.deep
 def test_blocks_lost_with_their_node_are_produced_again(play: Any) -> None:
     for mode, outcome in play("blocks are lost").items():
         assert outcome["errors"] == [], mode

@@ -38,7 +38,9 @@ def test_demo_ends_by_itself_in_plain_lines_with_every_row_seen_once() -> None:
     assert number(served[1]) == number(rows) // 2 * 2
 
 
-@pytest.mark.parametrize("moment", ["starting Ray", "metrics at"])
+@pytest.mark.parametrize(
+    "moment", ["starting Ray", pytest.param("metrics at", marks=pytest.mark.deep)]
+)
 def test_ctrl_c_ends_the_demo_and_all_of_its_ray_and_prometheus(moment: str) -> None:
     # With a Prometheus where there is one, and Ray still to be started or there.
     observed = ["--observed"] if prometheus.installed() and moment == "metrics at" else []

@@ -26,15 +26,21 @@ from tests.integration.consume import eventually, read, read_epoch, stopped
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
 
-class Counter:
-    def __init__(self) -> None:
-        self.blocks = 0
+def start_counter() -> Any:
+    """Start an actor that counts blocks."""
 
-    def add(self) -> None:
-        self.blocks += 1
+    # Not at the top of the module, which the actor's process would import to find it.
+    class Counter:
+        def __init__(self) -> None:
+            self.blocks = 0
 
-    def get(self) -> int:
-        return self.blocks
+        def add(self) -> None:
+            self.blocks += 1
+
+        def get(self) -> int:
+            return self.blocks
+
+    return ray.remote(Counter).options(num_cpus=0).remote()
 
 
 BLOCK_BYTES = 2 * 2**20
@@ -75,7 +81,7 @@ class Counting(NamedTuple):
 
 @pytest.fixture(scope="module")
 def counting(ray_cluster: None) -> Counting:
-    counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
+    counter = start_counter()
     options = SplitOptions(prefetch_bytes=BLOCK_BYTES)
     return Counting(
         asyncsplit.streaming_split(counted(counter, BLOCKS), 2, options=options), counter
@@ -171,7 +177,7 @@ async def test_one_split_leaving_early_does_not_change_the_others_share() -> Non
 
 async def test_a_paused_consumer_stops_production() -> None:
     blocks, share, prefetch = 80, 20, 4
-    counter: Any = ray.remote(Counter).options(num_cpus=0).remote()
+    counter = start_counter()
     ds = counted(counter, blocks)
     ds.context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=share * BLOCK_BYTES

@@ -1,12 +1,13 @@
 """A coordinator that dies, and runs that resume where an earlier one was."""
 
 import asyncio
+import functools
 import gc
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,15 @@ async def read_with_deaths(it: AsyncDataIterator, at: list[int], **kwargs: Any) 
     return ids
 
 
-@pytest.mark.parametrize(("equal", "prefetch_bytes"), [(True, 1), (False, 2**20)])
+@pytest.mark.parametrize(
+    ("equal", "prefetch_bytes", "at"), [(True, 1, [120, 330]), (False, 2**20, [120])]
+)
 async def test_an_epoch_goes_on_when_the_coordinator_is_restarted(
-    equal: bool, prefetch_bytes: int
+    equal: bool, prefetch_bytes: int, at: list[int]
 ) -> None:
     options = SplitOptions(prefetch_bytes=prefetch_bytes)
     its = asyncsplit.streaming_split(dataset(), 2, equal=equal, options=options)
-    first, second = await asyncio.gather(read_with_deaths(its[0], [120, 330]), read(its[1]))
+    first, second = await asyncio.gather(read_with_deaths(its[0], [*at]), read(its[1]))
     assert sorted(first + second) == list(range(1000))
     assert first == sorted(first)
     epoch = await read_epoch(its)
@@ -271,9 +274,23 @@ async def stop_at(it: AsyncDataIterator, rows: int, **kwargs: Any) -> Stopped:
     return ids, it.state_dict()
 
 
+Former = Callable[..., list[AsyncDataIterator]]
+
+
+@pytest.fixture(scope="module")
+def former(ray_cluster: None) -> Former:
+    """Return a function that returns so many splits: the same for all tests, between two epochs."""
+
+    @functools.cache
+    def former(n: int, *, equal: bool = False) -> list[AsyncDataIterator]:
+        return asyncsplit.streaming_split(dataset(), n, equal=equal)
+
+    return former
+
+
 @pytest.fixture(scope="module")
 def stopped(ray_cluster: None) -> dict[int, list[Stopped]]:
-    """Return what one, two and three splits had read when they stopped, and their states."""
+    """Return what one, two and three splits had read of a first epoch, and their states."""
 
     async def stop(n: int) -> list[Stopped]:
         its = asyncsplit.streaming_split(dataset(), n)
@@ -283,12 +300,16 @@ def stopped(ray_cluster: None) -> dict[int, list[Stopped]]:
 
 
 @pytest.mark.parametrize(("equal", "whole_list"), [(True, False), (False, True)])
-async def test_a_new_run_delivers_the_rest_of_the_epoch(equal: bool, whole_list: bool) -> None:
-    its = asyncsplit.streaming_split(dataset(), 2, equal=equal)
+async def test_a_new_run_delivers_the_rest_of_the_epoch(
+    equal: bool, whole_list: bool, former: Former
+) -> None:
+    its = former(2, equal=equal)
     await read_epoch(its)
+    current = its[0].state_dict()["epoch"]
+    assert current > 0
     stopped = await asyncio.gather(stop_at(its[0], 90 * equal), stop_at(its[1], 400))
     states = json.loads(json.dumps([state for _, state in stopped]))
-    assert [state["epoch"] for state in states] == [1, 1]
+    assert [state["epoch"] for state in states] == [current, current]
     again = asyncsplit.streaming_split(dataset(), 2, equal=equal)
     for it, state in zip(again, states, strict=True):
         it.load_state_dict(states if whole_list else state)
@@ -298,14 +319,14 @@ async def test_a_new_run_delivers_the_rest_of_the_epoch(equal: bool, whole_list:
     assert sorted([*stopped[0][0], *stopped[1][0], *rest[0], *rest[1]]) == list(range(1000))
     epoch = await read_epoch(again)
     assert sorted(epoch[0] + epoch[1]) == list(range(1000)), "and then full epochs"
-    assert again[0].state_dict()["epoch"] == 3
+    assert again[0].state_dict()["epoch"] == current + 2
 
 
 SHUFFLE: dict[str, Any] = {"local_shuffle_buffer_size": 60, "batch_size": 30}
 
 
-async def test_a_shuffled_run_goes_on_in_the_order_it_had() -> None:
-    its = asyncsplit.streaming_split(dataset(), 2, equal=True)
+async def test_a_shuffled_run_goes_on_in_the_order_it_had(former: Former) -> None:
+    its = former(2, equal=True)
     for seed in (7, None):
         stopped = await asyncio.gather(
             *(
@@ -325,8 +346,8 @@ async def test_a_shuffled_run_goes_on_in_the_order_it_had() -> None:
         assert sorted(after[0] + after[1]) == list(range(1000)), "and then full epochs"
 
 
-async def test_a_shuffled_state_needs_the_same_shuffle() -> None:
-    (it,) = asyncsplit.streaming_split(dataset(), 1)
+async def test_a_shuffled_state_needs_the_same_shuffle(former: Former) -> None:
+    (it,) = former(1)
     _, state = await stop_at(it, 300, local_shuffle_buffer_size=60)
     others: list[dict[str, Any]] = [
         {},
@@ -342,14 +363,17 @@ async def test_a_shuffled_state_needs_the_same_shuffle() -> None:
 
 
 @pytest.mark.parametrize("equal", [True, False])
-async def test_another_number_of_splits_shares_what_is_left(equal: bool) -> None:
+async def test_another_number_of_splits_shares_what_is_left(equal: bool, former: Former) -> None:
     """Of an epoch begun by two, continued by three, and ended by one."""
     read_before: list[int] = []
     states: list[dict[str, Any]] = []
     for rows in ((90, 400), (60, 0, 30)):
-        its = asyncsplit.streaming_split(dataset(), len(rows), equal=equal)
-        for it in its if states else ():
-            it.load_state_dict(states)
+        if states:
+            its = asyncsplit.streaming_split(dataset(), len(rows), equal=equal)
+            for it in its:
+                it.load_state_dict(states)
+        else:
+            its = former(len(rows), equal=equal)
         stopped = await asyncio.gather(*map(stop_at, its, rows))
         read_before += [i for ids, _ in stopped for i in ids]
         states = json.loads(json.dumps([saved for _, saved in stopped]))
@@ -383,8 +407,8 @@ async def test_padded_shares_outlive_the_coordinator_and_the_run() -> None:
             assert len(read_before) + len(rest[0]) * 2 <= 1000 + 3
 
 
-async def test_a_split_that_had_finished_has_nothing_left_for_others() -> None:
-    its = asyncsplit.streaming_split(dataset(), 2)
+async def test_a_split_that_had_finished_has_nothing_left_for_others(former: Former) -> None:
+    its = former(2)
     first, (ids, state) = await asyncio.gather(read(its[0]), stop_at(its[1], 90))
     (again,) = asyncsplit.streaming_split(dataset(), 1)
     again.load_state_dict([its[0].state_dict(), state])
@@ -400,16 +424,16 @@ async def test_states_of_two_runs_are_refused(stopped: dict[int, list[Stopped]])
     assert all(isinstance(outcome, StateMismatchError) for outcome in outcomes)
 
 
-async def test_states_between_epochs() -> None:
-    (it,) = asyncsplit.streaming_split(dataset(), 1)
-    assert it.state_dict()["epoch"] == 0
+async def test_states_between_epochs(former: Former) -> None:
+    (it,) = former(1)
+    epoch = it.state_dict()["epoch"]
     await read(it)
     state = it.state_dict()
-    assert (state["epoch"], state["rows"]) == (1, 0)
+    assert (state["epoch"], state["rows"]) == (epoch + 1, 0)
     (again,) = asyncsplit.streaming_split(dataset(preserve_order=False), 1)
     again.load_state_dict(state)
     assert len(await read(again)) == 1000
-    assert again.state_dict()["epoch"] == 2
+    assert again.state_dict()["epoch"] == epoch + 2
 
 
 async def test_another_dataset_is_refused(stopped: dict[int, list[Stopped]]) -> None:
@@ -455,8 +479,8 @@ async def test_states_of_some_splits_only_are_refused(stopped: dict[int, list[St
     assert all(isinstance(outcome, StateMismatchError) for outcome in outcomes)
 
 
-async def test_a_state_that_comes_too_late_is_refused() -> None:
-    (it,) = asyncsplit.streaming_split(dataset(), 1)
+async def test_a_state_that_comes_too_late_is_refused(former: Former) -> None:
+    (it,) = former(1)
     state = it.state_dict()
     await read(it)
     with pytest.raises(StateMismatchError, match="has been iterated already"):
