@@ -31,37 +31,26 @@ def thousand(blocks: int = 10, *, preserve_order: bool = True) -> Dataset:
 
 
 @pytest.fixture(scope="module")
-def equal_splits(ray_cluster: None) -> list[AsyncDataIterator]:
-    """Return two splits for tests that leave them between two epochs."""
-    # Of so many blocks a shuffle soon is through with the first ones.
-    return asyncsplit.streaming_split(thousand(20), 2, equal=True)
-
-
-@pytest.fixture(scope="module")
 def splits(ray_cluster: None) -> list[AsyncDataIterator]:
     """Return two splits for tests that leave them between two epochs."""
-    return asyncsplit.streaming_split(thousand(preserve_order=False), 2)
-
-
-@pytest.fixture
-def demanding_splits(ray_cluster: None) -> list[AsyncDataIterator]:
-    options = SplitOptions(routing="demand")
-    return asyncsplit.streaming_split(thousand(preserve_order=False), 2, options=options)
+    return asyncsplit.streaming_split(thousand(), 2)
 
 
 async def committed(it: AsyncDataIterator, split: int) -> int:
     return (await it.status()).committed_rows[split]
 
 
-# Order plays no part: what comes again is remembered, not produced again.
 @pytest.mark.parametrize(
-    ("death", "kind"),
-    [("SIGKILL", "equal_splits"), ("ray.kill", "splits"), ("SIGKILL", "demanding_splits")],
+    ("death", "equal", "routing"),
+    [("SIGKILL", True, "rows"), ("ray.kill", False, "rows"), ("SIGKILL", False, "demand")],
 )
 async def test_a_replacement_goes_on_from_the_first_uncommitted_row(
-    death: str, kind: str, start: Any, request: pytest.FixtureRequest
+    death: str, equal: bool, routing: Any, start: Any
 ) -> None:
-    first, second = request.getfixturevalue(kind)
+    options = SplitOptions(routing=routing)
+    # Order plays no part: what comes again is remembered, not produced again.
+    ds = thousand(20, preserve_order=equal)
+    first, second = asyncsplit.streaming_split(ds, 2, equal=equal, options=options)
     victim = start(first)
     async with second.iter_batches(batch_size=10) as stream:
         # It reads on only when the victim is dead: else it could get all there is, on demand.
@@ -82,11 +71,9 @@ async def test_a_replacement_goes_on_from_the_first_uncommitted_row(
     assert sorted(seen + rest[len(again) :] + others) == list(range(1000))
 
 
-async def test_a_replacement_goes_on_in_the_shuffled_order(
-    start: Any, equal_splits: list[AsyncDataIterator]
-) -> None:
+async def test_a_replacement_goes_on_in_the_shuffled_order(start: Any) -> None:
     """Which the one before has drawn without being given a seed."""
-    first, second = equal_splits
+    first, second = asyncsplit.streaming_split(thousand(20), 2, equal=True)
     others = asyncio.create_task(read(second))
     victim = start(first, local_shuffle_buffer_size=100)
     seen = [i for _ in range(20) for i in await victim.next.remote()]
@@ -175,10 +162,8 @@ async def test_a_lifeline_ends_with_the_last_consumer_of_its_process(
     await eventually(released)
 
 
-async def test_others_go_on_while_a_consumer_is_dead(
-    start: Any, equal_splits: list[AsyncDataIterator]
-) -> None:
-    first, second = equal_splits
+async def test_others_go_on_while_a_consumer_is_dead(start: Any) -> None:
+    first, second = asyncsplit.streaming_split(thousand(), 2, equal=True)
     victim, other = start(first), asyncio.create_task(read(second))
     await victim.next.remote()
     ray.kill(victim)
