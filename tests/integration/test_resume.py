@@ -431,6 +431,7 @@ async def test_states_between_epochs(former: Former) -> None:
     state = it.state_dict()
     assert (state["epoch"], state["rows"]) == (epoch + 1, 0)
     (again,) = asyncsplit.streaming_split(dataset(preserve_order=False), 1)
+    assert again.state_dict()["epoch"] == 0
     again.load_state_dict(state)
     assert len(await read(again)) == 1000
     assert again.state_dict()["epoch"] == epoch + 2
