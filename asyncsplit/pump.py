@@ -68,11 +68,12 @@ class Pump:
 
     def _carry(self, execution: Execution) -> None:
         while True:
-            self._clock.blocked_on("consumers")
-            with self._condition:
-                self._condition.wait_for(lambda: self._credit > 0 or self._stopped)
-                if self._stopped:
-                    return
+            if not self.wanting:
+                self._clock.blocked_on("consumers")
+                with self._condition:
+                    self._condition.wait_for(lambda: self._credit > 0 or self._stopped)
+            if self._stopped:
+                return
             self._clock.blocked_on("dataset")
             bundle, end = None, None
             try:
