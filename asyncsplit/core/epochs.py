@@ -280,11 +280,23 @@ class Epochs:
         return resume
 
     def _stand(self, epoch: int) -> dict[int, Position]:
-        """Return where those who have arrived stand that are in an epoch, or past it."""
+        """Return where those who have arrived stand that are in an epoch, or past it.
+
+        Saved positions that cannot be of the same run are returned as they are.
+        """
         known = {s: self.positions[s] for s in self.arrived if s in self.positions}
-        past = {s: Position(epoch, rows=FINISHED) for s, p in known.items() if p.epoch == epoch + 1}
+        elsewhere = {
+            s: p
+            for s, p in known.items()
+            if p.saved and p.epoch > epoch and p != Position(epoch + 1, saved=True)
+        }
+        past = {
+            s: Position(epoch, rows=FINISHED)
+            for s, p in known.items()
+            if p.epoch == epoch + 1 and s not in elsewhere
+        }
         here = {s: p for s, p in known.items() if p.epoch == epoch}
-        begun = {s: p for s, p in here.items() if p.has_begun or p.earlier}
+        begun = {s: p for s, p in here.items() if p.has_begun or p.earlier} | elsewhere
         # A state that says "nothing yet" is a state too, where others have read something.
         unbegun = {s: p for s, p in here.items() if p.saved} if begun else {}
         return past | unbegun | begun

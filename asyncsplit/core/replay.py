@@ -23,6 +23,12 @@ def read_before(
     """
     if not resume:
         return ()
+    elsewhere = {split: p.epoch for split, p in resume.items() if p.epoch != epoch}
+    if elsewhere:
+        raise StateMismatchError(
+            f"{reader_names(elsewhere, replicas)} resume in epoch {max(elsewhere.values())}, and"
+            f" others in epoch {epoch}: load the states of one run, saved at the same step"
+        )
     saved = {split for split, position in resume.items() if position.saved}
     if saved and (without := set(range(n * replicas)) - set(resume)):
         raise StateMismatchError(

@@ -415,8 +415,13 @@ async def test_a_split_that_had_finished_has_nothing_left_for_others(former: For
     assert sorted(first + ids + await read(again)) == list(range(1000))
 
 
-async def test_states_of_two_runs_are_refused(stopped: dict[int, list[Stopped]]) -> None:
+@pytest.mark.parametrize("epochs_later", [0, 1])
+async def test_states_of_two_runs_are_refused(
+    epochs_later: int, stopped: dict[int, list[Stopped]]
+) -> None:
     runs = [[state for _, state in stopped[n]] for n in (2, 3)]
+    epoch = runs[0][0]["epoch"] + epochs_later
+    runs[1] = [{**state, "epoch": epoch} for state in runs[1]]
     again = asyncsplit.streaming_split(dataset(), 4)
     for it, states in zip(again, runs * 2, strict=True):
         it.load_state_dict(states)

@@ -298,6 +298,27 @@ def test_who_had_finished_the_resumed_epoch_is_past_it() -> None:
     assert epochs.open() == {0: Position(0, rows=FINISHED)}
 
 
+@pytest.mark.parametrize("first", [Position(1, saved=True), Position(1, rows=20, saved=True)])
+@pytest.mark.parametrize(
+    "second",
+    [
+        Position(2, rows=20, saved=True),
+        Position(2, saved=True, earlier=((Past(20, 1),),)),
+        Position(3, saved=True),
+    ],
+)
+def test_states_of_epochs_that_no_run_is_in_at_a_time_are_refused_for_all(
+    first: Position, second: Position
+) -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1, first)
+    epochs.arrive(1, B1, second)
+    resume = epochs.open()
+    assert epochs.active == {0: A1, 1: B1}, "none is left at the barrier"
+    with pytest.raises(StateMismatchError, match=rf"splits \[1\] resume in epoch {second.epoch}"):
+        read_before(resume, 2, 1, repeatable=True)
+
+
 def test_an_arrival_of_one_that_was_replaced_comes_too_late() -> None:
     epochs = running()
     epochs.die(0, A1)
