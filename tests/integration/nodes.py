@@ -42,8 +42,9 @@ OOM_RETRIES = 3
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_health_check_initial_delay_ms": "0",
+    # Soon, but not before a node that gets no CPU for a while answers.
     "RAY_health_check_period_ms": "200",
-    "RAY_health_check_failure_threshold": "5",
+    "RAY_health_check_failure_threshold": "15",
     # Ray's own default is to retry for ever, with ever longer delays.
     "RAY_task_oom_retries": str(OOM_RETRIES),
     "RAY_task_oom_retry_delay_base_ms": "100",

@@ -29,15 +29,17 @@ pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 def start_counter() -> Any:
     """Start an actor that counts blocks."""
 
-    # Not at the top of the module, which the actor's process would import to find it.
+    # Not at the top of the module, which the actor's process would import to find it. Its methods
+    # are async, for Ray then calls them in any order: else they wait for a call that its task was
+    # cancelled in.
     class Counter:
         def __init__(self) -> None:
             self.blocks = 0
 
-        def add(self) -> None:
+        async def add(self) -> None:
             self.blocks += 1
 
-        def get(self) -> int:
+        async def get(self) -> int:
             return self.blocks
 
     return ray.remote(Counter).options(num_cpus=0).remote()
