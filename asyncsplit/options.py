@@ -131,8 +131,8 @@ class SplitOptions:
     If that node is lost, the split ends in `CoordinatorLostError`."""
 
     epochs: int | None = None
-    """How many epochs there will be, if that is known. The executor then starts on the next one soon
-    after it is through with the last, not only when somebody waits for it, so that blocks are
+    """How many epochs there will be, if that is known. The executor then starts on the next one
+    soon after it is through with the last, not only when somebody waits for it, so that blocks are
     there when all have arrived. They take as much memory as those still being read,
     `prefetch_bytes` for each split. A further epoch is no error: it starts as all do with None."""
 
