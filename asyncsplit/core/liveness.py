@@ -96,9 +96,10 @@ class Liveness:
 def lost_error(epoch: int, lost: dict[int, str], replicas: int = 1) -> ConsumerLostError:
     """Return what those get who have waited for lost splits."""
     return ConsumerLostError(
-        f"epoch {epoch} cannot go on: {_listing(lost, replicas)}. Restart the workers of these"
-        " splits and iterate again; raise SplitOptions.barrier_timeout_s if loops pause for longer"
-        " than that, or SplitOptions.rejoin_timeout_s if replacing a worker takes longer"
+        f"epoch {epoch} cannot go on: {_listing(lost, replicas)}. All splits have to be iterated at"
+        " the same time. Restart the workers of these and iterate again; raise"
+        " SplitOptions.barrier_timeout_s if loops pause for longer than that, or"
+        " SplitOptions.rejoin_timeout_s if replacing a worker takes longer"
     )
 
 
