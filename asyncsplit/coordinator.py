@@ -7,6 +7,7 @@ A thin shell: who may start, which split gets a block and what is acknowledged i
 """
 
 import asyncio
+import contextlib
 import gc
 import os
 from collections.abc import Sequence
@@ -132,14 +133,14 @@ class SplitCoordinator:
         distribution = self._runner.distribution
         delivery = distribution.read(split, None)
         if not (delivery.slices or delivery.end):
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_BLOCKS_S):
                     await distribution.news(split, self._runner.waits.tick())
-            except TimeoutError:
-                return started
             if not self._reads(split, stream, started.epoch):
                 return started
             delivery = distribution.read(split, None)
+        if not (delivery.slices or delivery.end):
+            return started
         self._state.send(split, delivery)
         return started._replace(delivery=delivery)
 

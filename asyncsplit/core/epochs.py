@@ -288,7 +288,7 @@ class Epochs:
         elsewhere = {
             s: p
             for s, p in known.items()
-            if p.saved and p.epoch > epoch and p != Position(epoch + 1, saved=True)
+            if p.saved and p.epoch > epoch and (p.epoch > epoch + 1 or p.has_begun or p.earlier)
         }
         past = {
             s: Position(epoch, rows=FINISHED)

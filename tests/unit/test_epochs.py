@@ -5,6 +5,7 @@ import pytest
 from asyncsplit.core.epochs import Epochs, Noted, Phase, Stream
 from asyncsplit.core.position import FINISHED, Past, Position
 from asyncsplit.core.replay import read_before
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import (
     ConsumerConflictError,
     CoordinatorLostError,
@@ -296,6 +297,13 @@ def test_who_had_finished_the_resumed_epoch_is_past_it() -> None:
     epochs.arrive(0, A1, Position(1, saved=True))
     epochs.arrive(1, B1, Position(0, saved=True))
     assert epochs.open() == {0: Position(0, rows=FINISHED)}
+
+
+def test_who_has_read_nothing_of_the_next_epoch_yet_is_past_the_resumed_one() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1, Position(1, saved=True, shuffle=ShuffleKey(7, 60, 30)))
+    epochs.arrive(1, B1, Position(0, rows=30, saved=True))
+    assert epochs.open()[0] == Position(0, rows=FINISHED)
 
 
 @pytest.mark.parametrize("first", [Position(1, saved=True), Position(1, rows=20, saved=True)])
