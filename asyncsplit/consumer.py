@@ -5,16 +5,18 @@ import gc
 import uuid
 import weakref
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.position import Position
+from asyncsplit.core.shuffle import ShuffleKey
 from asyncsplit.errors import ConsumerConflictError
 from asyncsplit.lifeline import OwnLifeline
-from asyncsplit.remote import Coordinator
+from asyncsplit.remote import Coordinator, Reply, ask, quietly
 from asyncsplit.telemetry.counters import ConsumerCounters, StreamTimes
 from asyncsplit.telemetry.stream_spans import StreamSpans
-from asyncsplit.telemetry.tracing import Tracer, Tracing
+from asyncsplit.telemetry.tracing import Carrier, Tracer, Tracing
+from asyncsplit.wire import Started
 
 
 class HasSplit(Protocol):
@@ -28,6 +30,15 @@ class HasSplit(Protocol):
     def position(self, *, batch_finished: bool = False) -> Position | None:
         """Return where the training loop stands, if the stream is open."""
         ...
+
+
+class Early(NamedTuple):
+    """An arrival for an epoch that is known to come, before its loop begins."""
+
+    stream: Stream
+    answer: "Future[Reply[Started]]"
+    give_up: "weakref.finalize[..., Consumer]"
+    """Says goodbye; with the consumer it is called."""
 
 
 class Consumer:
@@ -66,11 +77,12 @@ class Consumer:
         """Whether its iterator was pickled: then others may read the split in its place."""
         self.tracing = tracing
         """How spans are recorded; None if they are not."""
+        self._early: Early | None = None
         self._tracer: Future[Tracer | None] | None = None
         self._open: weakref.ref[HasSplit] | None = None
 
-    def open(self, stream: HasSplit) -> Stream:
-        """Give a stream its number.
+    def open(self, stream: HasSplit, *, shuffles: bool) -> Stream:
+        """Give a stream its number: that of an early arrival, unless it is to be shuffled.
 
         Raises:
             ConsumerConflictError: If another stream of this consumer is open.
@@ -86,6 +98,70 @@ class Consumer:
                 " iterator: finish it, or close it with `await stream.aclose()`, first"
             )
         self._open = weakref.ref(stream)
+        if shuffles:
+            self.give_up_early()
+        return self._next() if self._early is None else self._early.stream
+
+    def arrive(
+        self,
+        stream: Stream,
+        position: Position | None,
+        shuffle: ShuffleKey | None = None,
+        trace: Carrier | None = None,
+        *,
+        early: bool = False,
+    ) -> "Future[Reply[Started]]":
+        """Call for a stream's epoch; ``early`` says that its loop has not begun."""
+        return ask(
+            self.coordinator,
+            "start_epoch",
+            self.reader,
+            stream,
+            self.lifeline.call,
+            position,
+            shuffle,
+            self.serialized_bytes,
+            self.totals,
+            trace,
+            early,
+        )
+
+    def arrive_early(self) -> None:
+        """Arrive for the next epoch, which is known to come: its first blocks come here at once.
+
+        Not if somebody else may read it, a copy or a replica that has to draw the same order, nor
+        if its spans are to be a part of a loop's that has not begun.
+        """
+        if self.was_sent or self.replicas > 1 or self.tracing is not None:
+            return
+        stream = self._next()
+        farewell = functools.partial(
+            self.lifeline.ask, "notify_split_finished", self.reader, stream, None, self.totals
+        )
+        answer = self.arrive(stream, self.position, early=True)
+        self._early = Early(stream, answer, weakref.finalize(self, quietly, farewell))
+        self._early.give_up.atexit = False
+
+    def take_early(self) -> "Future[Reply[Started]] | None":
+        """Return the answer to an early arrival, if it is here and is not an error.
+
+        If it is not, whoever arrives again, for the same stream, gets to know.
+        """
+        early, self._early = self._early, None
+        if early is None:
+            return None
+        early.give_up.detach()
+        answer = early.answer
+        here = answer.done() and answer.exception() is None
+        return answer if here and isinstance(answer.result(), Started) else None
+
+    def give_up_early(self) -> None:
+        """Leave the place of an early arrival to whoever comes."""
+        if self._early is not None:
+            self._early.give_up()
+        self._early = None
+
+    def _next(self) -> Stream:
         self.streams += 1
         return Stream(self.name, self.streams)
 

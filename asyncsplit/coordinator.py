@@ -113,6 +113,7 @@ class SplitCoordinator:
         serialized_bytes: int,
         counters: ConsumerCounters,
         trace: Carrier | None = None,
+        early: bool = False,
     ) -> Started:
         """Arrive at the barrier; return when the next epoch has started.
 
@@ -122,20 +123,23 @@ class SplitCoordinator:
         ``lifeline`` is its process's call of `hold`; ``position`` is where it stands, if it has
         read the split before; ``shuffle`` what its order is drawn from; ``serialized_bytes`` is the
         pickled size of its iterator, 0 if it never was; ``trace`` the span that the epoch is to be
-        a part of.
+        a part of; ``early`` says that its loop has not begun, so that nobody waits.
         """
-        takes_over = await self._runner.admit(split, stream, lifeline, position)
+        runner = self._runner
+        takes_over = await runner.admit(split, stream, lifeline, position, early=early)
         self._state.meet(split, stream.consumer, serialized_bytes, counters)
-        started = await self._runner.start(split, stream, shuffle, trace, takes_over=takes_over)
+        started = await runner.start(
+            split, stream, shuffle, trace, takes_over=takes_over, early=early
+        )
         # Who goes on after a restart knows better where to read from.
         if (position and position.fed) or not self._reads(split, stream, started.epoch):
             return started
-        distribution = self._runner.distribution
+        distribution = runner.distribution
         delivery = distribution.read(split, None)
         if not (delivery.slices or delivery.end):
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(FIRST_BLOCKS_S):
-                    await distribution.news(split, self._runner.waits.tick())
+                async with asyncio.timeout(None if early else FIRST_BLOCKS_S):
+                    await distribution.news(split, None if early else runner.waits.tick())
             if not self._reads(split, stream, started.epoch):
                 return started
             delivery = distribution.read(split, None)

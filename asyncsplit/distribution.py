@@ -108,16 +108,21 @@ class Distribution:
         skipped = tuple(log.skipped) if log.shuffle else ()
         return Delivery(begin, slices, end, log.skip_rows, log.check, skipped)
 
-    async def news(self, split: int, now: float) -> bool:
-        """Return when it is worth reading the split again; False for whom a newer pull replaces."""
+    async def news(self, split: int, now: float | None) -> bool:
+        """Return when it is worth reading the split again; False for whom a newer pull replaces.
+
+        ``now`` is when the wait begins, None if nobody's loop waits.
+        """
         self._wake(split)
         waiting = self._pulls[split] = asyncio.get_running_loop().create_future()
-        self.waiting_since[split] = max(now, self.ledger.held_until(split))
+        if now is not None:
+            self.waiting_since[split] = max(now, self.ledger.held_until(split))
         try:
             await waiting
         finally:
             if newest := self._pulls.get(split) is waiting:
-                del self._pulls[split], self.waiting_since[split]
+                del self._pulls[split]
+                self.waiting_since.pop(split, None)
         return newest
 
     def ask(self, split: int, rows_ahead: int, counters: ConsumerCounters) -> None:

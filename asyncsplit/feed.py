@@ -62,7 +62,9 @@ class Feed:
         self._lost_at = -1
         self._pulling: Future[Any] | None = None
         self._asked_early = False
-        self._starting: Future[Reply[Started]] | None = self._arrive(consumer.position)
+        self._starting: Future[Reply[Started]] | None = consumer.take_early() or self._arrive(
+            consumer.position
+        )
 
     @property
     def backlog(self) -> int:
@@ -159,18 +161,8 @@ class Feed:
         return self._reading.position(finished_rows, pipeline.oldest_unfinished, pipeline.shuffle)
 
     def _arrive(self, position: Position | None) -> "Future[Reply[Started]]":
-        return ask(
-            self._consumer.coordinator,
-            "start_epoch",
-            self._consumer.reader,
-            self._stream,
-            self._consumer.lifeline.call,
-            position,
-            self._pipeline.shuffle,
-            self._consumer.serialized_bytes,
-            self._consumer.totals,
-            None if self.spans is None else self.spans.arrives_in,
-        )
+        trace = None if self.spans is None else self.spans.arrives_in
+        return self._consumer.arrive(self._stream, position, self._pipeline.shuffle, trace)
 
     def _start(self, started: Started) -> None:
         """Begin to pull; after a restart of the coordinator, what has not been begun yet."""

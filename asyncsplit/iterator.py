@@ -56,6 +56,7 @@ class AsyncDataIterator(Batches):
         """
         consumer = self._consumer
         consumer.was_sent = True
+        consumer.give_up_early()
         parts = (
             *(consumer.coordinator, consumer.split, self._world_size),
             *(consumer.tracing, consumer.replica, consumer.replicas),
@@ -208,6 +209,7 @@ class AsyncDataIterator(Batches):
 
     async def shutdown(self) -> None:
         """Stop the dataset's execution for all splits; streams still open get an error."""
+        self._consumer.give_up_early()
         await self._ask("shutdown_executor")
 
     async def _ask(self, method: str, *args: object) -> Any:

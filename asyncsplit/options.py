@@ -132,8 +132,10 @@ class SplitOptions:
 
     epochs: int | None = None
     """How many epochs there will be, if that is known. The executor then starts on the next one
-    soon after it is through with the last, not only when somebody waits for it, so that blocks are
-    there when all have arrived. They take as much memory as those still being read,
+    soon after it is through with the last, not only when somebody waits for it. Once all loops are
+    through with one, the next begins and its first blocks are sent to whoever has read the split,
+    so that a loop that comes back waits for nobody; that iterator keeps the split until it is
+    dropped or sent elsewhere. Blocks take as much memory as those still being read,
     `prefetch_bytes` for each split. A further epoch is no error: it starts as all do with None."""
 
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)

@@ -83,9 +83,17 @@ class EpochRunner:
         self._shut = False
 
     async def admit(
-        self, split: int, stream: Stream, lifeline: Lifeline, position: Position | None
+        self,
+        split: int,
+        stream: Stream,
+        lifeline: Lifeline,
+        position: Position | None,
+        *,
+        early: bool,
     ) -> bool:
         """Let a stream in, once it is known whether the one that holds its split is dead.
+
+        ``early`` says that its loop has not begun.
 
         Returns:
             Whether it takes the place of one that died in the epoch under way.
@@ -98,13 +106,19 @@ class EpochRunner:
         is_dead = self.lifelines.attach(stream, lifeline, bury)
         try:
             await self.lifelines.verdict(self.epochs, split, stream)
-            return self._let_in(split, stream, position, is_dead=is_dead())
+            return self._let_in(split, stream, position, is_dead=is_dead(), early=early)
         except Exception:
             self.lifelines.detach(stream)
             raise
 
     def _let_in(
-        self, split: int, stream: Stream, position: Position | None, *, is_dead: bool
+        self,
+        split: int,
+        stream: Stream,
+        position: Position | None,
+        *,
+        is_dead: bool,
+        early: bool,
     ) -> bool:
         if self._shut:
             raise openings.shut_down()
@@ -118,7 +132,7 @@ class EpochRunner:
             knew = position is not None and position.epoch > self.epochs.epoch
             self.leave(split, earlier, began=knew)
         try:
-            takes_over = self.epochs.arrive(split, stream, position)
+            takes_over = self.epochs.arrive(split, stream, position, early=early)
         except ConsumerConflictError:
             self._state.conflicts += 1
             raise
@@ -133,6 +147,7 @@ class EpochRunner:
         trace: Carrier | None,
         *,
         takes_over: bool,
+        early: bool,
     ) -> Started:
         """Return when the epoch has started that a stream was let in for."""
         if self.reads(split, stream):
@@ -148,9 +163,11 @@ class EpochRunner:
         if takes_over:
             self.distribution.ledger.rewind(split, shuffle)
         if self._openings.expect(split):
-            self.waits.arrived_at[split] = self.waits.tick()
+            self.waits.arrived_at.pop(split, None)
             self._state.arrivals += 1
             self._spans.arrived(split, trace)
+        if not early:
+            self.waits.arrived_at.setdefault(split, self.waits.tick())
         self._shuffles[split] = shuffle
         self._open_if_ready()
         return await self._openings.wait(split)
@@ -270,6 +287,7 @@ class EpochRunner:
             trace=trace,
             on_demand=sharing.on_demand,
             report_after_s=sharing.report_after_s,
+            more=self.epochs.epoch + 1 < (self._total or 0),
         )
 
     def _position(self, split: int) -> Position:
@@ -325,6 +343,9 @@ class EpochRunner:
         if holder is None or holder.consumer != stream.consumer:
             return
         stream = holder  # a process dies with all its streams
+        if stream in self.epochs.early:
+            self.leave(split, stream, began=False)  # nobody's loop was broken off
+            return
         if self.epochs.arrived.get(split) == stream:
             self._openings.reject(split, openings.died())
         if self.epochs.die(split, stream):
@@ -344,6 +365,8 @@ class EpochRunner:
         if (noted := self.epochs.abandon()) is not None:
             self._failed = (noted.epoch, Failure.of(error), tuple(noted.readers.values()))
         for split, stream in tuple(self.epochs.arrived.items()):
+            if stream in self.epochs.early and not self._shut:
+                continue  # its loop waits for nothing; the next epoch will do
             self.epochs.leave(split, stream)
             self.lifelines.detach(stream)
             self._openings.reject(split, error)
@@ -367,7 +390,8 @@ class EpochRunner:
         self.lifelines.detach(stream)
         waited = self.epochs.arrived.get(split) == stream
         if not began and self.epochs.vacate(split, stream):
-            self.waits.mourn(split, "left as the epoch began,")
+            if stream not in self.epochs.early:
+                self.waits.mourn(split, "left as the epoch began,")
             self._openings.reject(split, openings.left())
             return
         running = began and self.epochs.leave(split, stream)

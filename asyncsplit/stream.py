@@ -329,7 +329,7 @@ class BatchStream(Generic[T]):
 
     def _open(self) -> Feed:
         check_shuffle(self._consumer.position, self._pipeline.shuffle, self._consumer.split)
-        stream = self._consumer.open(self)
+        stream = self._consumer.open(self, shuffles=self._pipeline.shuffle is not None)
         self._phase = _Phase.OPEN
         self._feed = Feed(
             self._consumer,
@@ -350,7 +350,11 @@ class BatchStream(Generic[T]):
     def _end(self) -> "list[tuple[futures.Future[Any], float | None]]":
         """Commit everything: the loop has asked past the last batch."""
         self._finished_rows += self._pipeline.rows_dropped
-        return self._release(_Phase.ENDED)
+        told = self._release(_Phase.ENDED)
+        started = None if self._feed is None else self._feed.started
+        if told and started is not None and started.more and self._pipeline.shuffle is None:
+            self._consumer.arrive_early()
+        return told
 
     def _release(self, phase: _Phase) -> "list[tuple[futures.Future[Any], float | None]]":
         """Leave the open phase, if it is that, and tell the coordinator.

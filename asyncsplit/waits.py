@@ -88,7 +88,8 @@ class Waits:
         now = self.tick()
         if (ahead[0] if ahead else distribution).paused:
             self._guard.excuse_pause()
-        barrier = [self.arrived_at[split] for split in epochs.arrived]
+        waiting = epochs.waiting
+        barrier = [self.arrived_at[split] for split in waiting]
         pulls = distribution.waiting_since
         blockers = set(epochs.missing if barrier else ())
         if pulls and epochs.phase is Phase.RUNNING:
@@ -104,7 +105,7 @@ class Waits:
             logger.warning(
                 "%s wait in epoch %d: %s. They give up after barrier_timeout_s=%s, or"
                 " rejoin_timeout_s=%s for a dead consumer",
-                reader_names({*epochs.arrived, *pulls}, self._options.replicas),
+                reader_names({*waiting, *pulls}, self._options.replicas),
                 epochs.epoch + bool(barrier),
                 warning,
                 self._options.barrier_timeout_s,

@@ -72,6 +72,8 @@ class Started(NamedTuple):
     """Whether to tell the coordinator how many rows are ahead: it gives no more than is needed."""
     report_after_s: float = REPORT_AFTER_S
     """Acknowledge after so long though nothing is asked for."""
+    more: bool = False
+    """Whether another epoch is known to come: then arrive for it as soon as this one is over."""
 
     @property
     def epoch(self) -> int:

@@ -196,11 +196,11 @@ def _located(snapshot: Snapshot) -> dict[str, float]:
 
 
 def _arrived(state: "CoordinatorState") -> set[int]:
-    return set() if state.epochs_now is None else set(state.epochs_now.arrived)
+    return set() if state.epochs_now is None else set(state.epochs_now.waiting)
 
 
 def _active(state: "CoordinatorState") -> set[int]:
-    return set() if state.epochs_now is None else set(state.epochs_now.active)
+    return set() if state.epochs_now is None else set(state.epochs_now.reading)
 
 
 def _barrier_since(state: "CoordinatorState") -> float | None:
@@ -208,9 +208,10 @@ def _barrier_since(state: "CoordinatorState") -> float | None:
 
 
 def _missing(snapshot: Snapshot) -> list[float]:
-    arrived = _arrived(snapshot.state)
-    n = len(snapshot.state.splits)
-    return [float(bool(arrived) and split not in arrived) for split in range(n)]
+    epochs, n = snapshot.state.epochs_now, len(snapshot.state.splits)
+    if epochs is None or not epochs.waiting:
+        return [0.0] * n
+    return [float(split not in epochs.arrived) for split in range(n)]
 
 
 def _dead(snapshot: Snapshot) -> list[float]:
@@ -251,12 +252,11 @@ def _batch_ages(snapshot: Snapshot) -> Iterable[float]:
 
 def _silences(snapshot: Snapshot) -> Iterable[float]:
     state = snapshot.state
-    waiting_since = _barrier_since(state)
-    arrived, active = _arrived(state), _active(state) if state.is_running else set()
+    waiting_since, missing = _barrier_since(state), _missing(snapshot)
+    active = _active(state) if state.is_running else set()
     dead, pulled_at = _dead(snapshot), state.pulled_at
     for number, split in enumerate(state.splits):
-        awaited = waiting_since is not None and number not in arrived
-        its_turn = dead[number] or awaited or (number in active and number not in pulled_at)
+        its_turn = dead[number] or missing[number] or (number in active and number not in pulled_at)
         began = waiting_since if split.heard_at is None else split.heard_at
         yield _since(began if its_turn else None, snapshot.now)
 

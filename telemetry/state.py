@@ -284,7 +284,7 @@ class CoordinatorState:
     def epoch_opened(self) -> None:
         """Note that the barrier has opened."""
         self.opened_at = now = time.monotonic()
-        active = () if self.epochs_now is None else self.epochs_now.active
+        active = () if self.epochs_now is None else self.epochs_now.reading
         first = min((self.arrived_at[split] for split in active), default=now)
         self.barrier_wait.observe(max(0.0, now - first))
 

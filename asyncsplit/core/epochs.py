@@ -71,6 +71,10 @@ class Epochs:
     vacant: set[int] = field(default_factory=set)
     """Splits of the epoch under way whose streams were closed before they knew that it had begun:
     their places are kept for whoever comes next."""
+    early: set[Stream] = field(default_factory=set)
+    """Streams that have arrived for an epoch known to come, and whose loops have not begun."""
+    untouched: set[int] = field(default_factory=set)
+    """Vacant splits of which nothing was read, because such a stream held them."""
     noted: Noted | None = None
     """What to go on with, of a coordinator that died in the middle of an epoch."""
     replicas: int = 1
@@ -85,6 +89,16 @@ class Epochs:
         if noted.readers:
             self.epoch -= 1
             self.noted = noted
+
+    @property
+    def waiting(self) -> list[int]:
+        """Splits whose loops wait at the barrier."""
+        return [split for split, stream in self.arrived.items() if stream not in self.early]
+
+    @property
+    def reading(self) -> list[int]:
+        """Splits whose loops read the epoch under way."""
+        return [split for split, stream in self.active.items() if stream not in self.early]
 
     @property
     def missing(self) -> list[int]:
@@ -143,12 +157,15 @@ class Epochs:
             return None
         return self.active.get(split) or self.arrived.get(split)
 
-    def arrive(self, split: int, stream: Stream, position: Position | None = None) -> bool:
+    def arrive(
+        self, split: int, stream: Stream, position: Position | None = None, *, early: bool = False
+    ) -> bool:
         """Note that a stream waits for the next epoch; repeating the message changes nothing.
 
         Where the split's consumer has died in the middle of an epoch, the newcomer takes its
         place there instead of waiting. ``position`` is where the consumer stands, if it has read
-        the split before; it counts where this coordinator has not opened an epoch yet.
+        the split before; it counts where this coordinator has not opened an epoch yet. ``early``
+        says that its loop has not begun, which a repetition without it takes back.
 
         Returns:
             Whether the stream reads the epoch under way, in place of one that died.
@@ -169,6 +186,7 @@ class Epochs:
             and not (stream == holder or is_reader)
             and position[:2] != (self.epoch + 1, 0)
             and position != self.loaded.get(split)
+            and not (split in self.untouched and position[:2] == (self.epoch, 0))
         ):
             raise StateMismatchError(
                 f"{name} cannot resume in epoch {position.epoch}: the split is at epoch"
@@ -179,6 +197,10 @@ class Epochs:
             raise StreamClosedError(
                 f"this stream over {name} was closed while it waited for its epoch"
             )
+        if early:
+            self.early.add(stream)
+        else:
+            self.early.discard(stream)
         if position and position.saved:
             if position == self.loaded.get(split) and self.epoch >= 0 and stream != holder:
                 # Whoever is restarted loads again what the run began with; it has got further.
@@ -190,7 +212,12 @@ class Epochs:
                 raise ConsumerConflictError(
                     f"{name} is already being consumed by another iterator"
                     f" (consumer {holder.consumer}): give each consumer a split of its own, or"
-                    " close the other stream first"
+                    + (
+                        " drop the other iterator first, which has arrived for the next epoch,"
+                        " because SplitOptions.epochs says that it comes"
+                        if holder in self.early
+                        else " close the other stream first"
+                    )
                 )
             if split in self.active:
                 if position and position.has_begun and not position.saved:
@@ -224,7 +251,9 @@ class Epochs:
 
     def _take_over(self, split: int, stream: Stream) -> bool:
         self._close(split, self.active[split])
+        self.early.discard(self.active[split])
         self.vacant.discard(split)
+        self.untouched.discard(split)
         self.active[split] = stream
         return True
 
@@ -331,8 +360,10 @@ class Epochs:
         self.phase = Phase.WAITING
         for split, stream in self.active.items():
             self._close(split, stream)
+            self.early.discard(stream)
         self.active = {}
         self.vacant.clear()
+        self.untouched.clear()
         while len(self.dead) > KEPT * self.n:
             del self.dead[next(iter(self.dead))]
 
@@ -351,6 +382,7 @@ class Epochs:
             )
         if epoch != self.epoch or self.active.get(split) != stream:
             raise self._over(epoch, split)
+        self.early.discard(stream)
 
     def vacate(self, split: int, stream: Stream) -> bool:
         """Note that a stream is closed which did not know that its epoch had begun; True if so.
@@ -361,8 +393,11 @@ class Epochs:
         if self.arrived.get(split) == stream:
             del self.arrived[split]
         if self.active.get(split) != stream or split in self.vacant:
+            self.early.discard(stream)
             return False
         self.vacant.add(split)
+        if stream in self.early:
+            self.untouched.add(split)
         return True
 
     def leave(self, split: int, stream: Stream) -> bool:
@@ -371,6 +406,7 @@ class Epochs:
         A message about a stream nobody knows is remembered: its arrival may come after it.
         """
         self._close(split, stream)
+        self.early.discard(stream)
         newcomer = self.arrived.get(split)
         if newcomer == stream:
             del self.arrived[split]

@@ -1,15 +1,23 @@
 """Epochs that are started before all have arrived, because it is known that they come."""
 
 import asyncio
+import os
+import signal
 from itertools import chain
 from typing import Any
 
 import pytest
 import ray
+from ray import cloudpickle
 
 import asyncsplit
-from asyncsplit import AsyncDataIterator, SplitOptions
-from tests.integration.consume import eventually, read, read_epoch, stopped
+from asyncsplit import (
+    AsyncDataIterator,
+    ConsumerConflictError,
+    SplitOptions,
+    StreamClosedError,
+)
+from tests.integration.consume import Drive, Reader, eventually, read, read_epoch, stopped
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.usefixtures("ray_cluster")]
 
@@ -21,7 +29,7 @@ def splits(n: int, epochs: int | None, **options: Any) -> list[AsyncDataIterator
 
 async def has_blocks(it: AsyncDataIterator) -> bool:
     status = await it.status()
-    return status.phase == "waiting" and status.held_bytes == 8 * 1000
+    return not status.committed_rows[0] and status.held_bytes == 8 * 1000
 
 
 async def test_the_next_epochs_blocks_are_there_before_anybody_arrives() -> None:
@@ -59,6 +67,72 @@ async def test_shutting_down_between_epochs_leaves_nothing() -> None:
     await its[0].shutdown()
     status = await its[0].status()
     assert (status.executing, status.held_bytes) == (False, 0)
+    with pytest.raises(StreamClosedError, match="was shut down"):
+        await read(its[0])
+
+
+async def arrived_early(*its: AsyncDataIterator) -> bool:
+    earlies = [it._consumer._early for it in its]
+    return all(early is not None and early.answer.done() for early in earlies)
+
+
+async def test_the_first_blocks_of_a_known_epoch_need_no_coordinator() -> None:
+    dataset = ray.data.range(1000, override_num_blocks=2).materialize()
+    (it,) = asyncsplit.streaming_split(dataset, 1, options=SplitOptions(epochs=2))
+    assert await read(it) == list(range(1000))
+    await eventually(lambda: arrived_early(it))
+    coordinator = (await it.status()).pid
+    os.kill(coordinator, signal.SIGSTOP)
+    try:
+        stream = it.iter_batches(batch_size=100)
+        async with asyncio.timeout(20):
+            batch = await anext(stream)
+    finally:
+        os.kill(coordinator, signal.SIGCONT)
+    ids = batch["id"].tolist()
+    ids += [i async for batch in stream for i in batch["id"].tolist()]
+    assert ids == list(range(1000))
+
+
+async def test_whoever_drops_its_iterator_leaves_the_known_epoch_to_others() -> None:
+    its = splits(2, epochs=3)
+    copies = [cloudpickle.loads(cloudpickle.dumps(its[0])) for _ in range(2)]
+    second = copies.pop()
+    await read_epoch([copies[0], its[1]])
+    await eventually(lambda: arrived_early(*copies, its[1]))
+    with pytest.raises(ConsumerConflictError, match="drop the other iterator first"):
+        await read(second)
+    copies.clear()
+    assert sorted(chain(*await read_epoch([second, its[1]]))) == list(range(1000))
+    copy = cloudpickle.loads(cloudpickle.dumps(second))  # who sends one leaves the split to it
+    assert sorted(chain(*await read_epoch([copy, its[1]]))) == list(range(1000))
+
+
+@pytest.mark.parametrize("drive", ["async", "sync"])
+async def test_a_known_epoch_may_be_shuffled_unlike_the_one_before(drive: Drive) -> None:
+    its = splits(2, epochs=3)
+    for seed in (None, 5, None):
+        size = None if seed is None else 100
+        ids = await read_epoch(its, drive, local_shuffle_buffer_size=size, local_shuffle_seed=seed)
+        assert sorted(chain(*ids)) == list(range(1000))
+        assert (ids[0] == sorted(ids[0])) == (seed is None)
+
+
+async def test_who_ends_between_known_epochs_did_not_die() -> None:
+    its = splits(2, epochs=3, rejoin_timeout_s=0.5)
+    workers: list[Any] = [ray.remote(Reader).options(num_cpus=0).remote(it) for it in its]
+    ids = await asyncio.gather(*(worker.rest.remote() for worker in workers))
+    assert sorted(chain(*ids)) == list(range(1000))
+
+    async def reads() -> bool:
+        return (await its[0].status()).epoch == 1
+
+    await eventually(reads)
+    for worker in workers:
+        ray.kill(worker)
+    assert sorted(chain(*await read_epoch(its))) == list(range(1000))
+    coordinator: Any = its[0].coordinator
+    assert await coordinator.__ray_call__.remote(lambda actor: actor._state.deaths) == 0
 
 
 async def test_an_epoch_left_early_starts_none_ahead() -> None:

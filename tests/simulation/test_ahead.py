@@ -14,7 +14,7 @@ from asyncsplit.errors import ExecutionActiveError
 from asyncsplit.runner import AHEAD_AFTER_S, EpochRunner
 from asyncsplit.wire import Delivery, Failure
 from tests.simulation.dataset import DatasetError, FakeExecution
-from tests.simulation.test_protocol import BARRIER_S, Job, ProtocolMachine
+from tests.simulation.test_protocol import BARRIER_S, Call, Job, ProtocolMachine
 
 
 @pytest.fixture
@@ -141,6 +141,53 @@ def test_an_epoch_nobody_waits_for_lets_the_blocks_before_it_go_first(leaves: bo
         else:
             job.pass_time(AHEAD_AFTER_S)
         assert len(runner(job).distributions) == 2
+        read_until(machine, {0, 1})
+
+
+@contextlib.contextmanager
+def between_epochs(next_bundle_s: float = 0.0) -> Iterator[ProtocolMachine]:
+    """Have two splits read the first of two known epochs."""
+    with all_arrived(next_bundle_s=0.0, epochs=2) as machine:
+        read_until(machine, {0})
+        for reader in machine.job.readers.values():
+            reader.close(ended=True)
+        machine.deliver_all()
+        with patch.object(FakeExecution, "seconds_to_next", lambda self: next_bundle_s):
+            yield machine
+
+
+def come_early(machine: ProtocolMachine, split: int) -> Call:
+    """Have a split's consumer arrive for the next epoch before its loop begins."""
+    reader = machine.job.readers[split]
+    reader.open(early=True)
+    machine.deliver_all()
+    assert reader.starting is not None
+    return reader.starting
+
+
+def test_who_arrives_early_waits_for_nobody() -> None:
+    with between_epochs() as machine:
+        job = machine.job
+        early = come_early(machine, 0)
+        job.pass_time(BARRIER_S + 2.0)
+        assert not early.answered
+        assert runner(job).epochs.missing == [1]
+        assert not runner(job).epochs.waiting
+        read_until(machine, {0, 1})
+
+
+def test_when_all_have_arrived_early_the_epoch_waits_for_their_loops() -> None:
+    with between_epochs(next_bundle_s=2 * FIRST_BLOCKS_S) as machine:
+        job = machine.job
+        calls = [come_early(machine, split) for split in (0, 1)]
+        while runner(job).epochs.phase is not Phase.RUNNING:
+            job.pass_time(0.001)
+        job.pass_time(1.5 * FIRST_BLOCKS_S)
+        assert not runner(job).distribution.waiting_since
+        assert not any(call.answered for call in calls), "the first blocks are to come along"
+        job.pass_time(BARRIER_S + 2.0)
+        assert all(call.answered for call in calls)
+        assert not runner(job).epochs.reading
         read_until(machine, {0, 1})
 
 

@@ -120,7 +120,7 @@ class Reader:
     def lifeline(self) -> Lifeline:
         return Lifeline(self.name, self.parked)  # type: ignore[arg-type]
 
-    def open(self) -> None:
+    def open(self, *, early: bool = False) -> None:
         self.number += 1
         self.stream = Stream(self.name, self.number)
         self.started: Started | None = None
@@ -133,14 +133,14 @@ class Reader:
         self.pulling: Call | None = None
         if self.number == 1:
             self.job.send(self, "hold", self.name)
-        self.arrive(self.position)
+        self.arrive(self.position, early=early)
 
     @property
     def is_new(self) -> bool:
         """Whether it has not begun to read, and has no state."""
         return self.position is None and (self.stream is None or self.started is None)
 
-    def arrive(self, position: Position | None) -> None:
+    def arrive(self, position: Position | None, *, early: bool = False) -> None:
         self.starting: Call | None = self.job.send(
             self,
             "start_epoch",
@@ -151,6 +151,8 @@ class Reader:
             None,
             0,
             COUNTERS,
+            None,
+            early,
         )
 
     @property

@@ -590,3 +590,47 @@ def test_what_is_executed_is_for_the_epoch_under_way_until_that_has_all_its_bloc
     assert not epochs.is_executed(exhausted=True)
     epochs.over()
     assert not epochs.is_executed(exhausted=False), "it is being stopped"
+
+
+def between_known_epochs() -> Epochs:
+    """Return where both have arrived for the next epoch before their loops begin."""
+    epochs = running()
+    for split, stream in ((0, A1), (1, B1)):
+        epochs.leave(split, stream)
+        epochs.arrive(split, stream._replace(number=2), Position(1), early=True)
+    epochs.over()
+    assert epochs.ready
+    assert not epochs.waiting
+    epochs.open()
+    epochs.started()
+    return epochs
+
+
+def test_who_has_arrived_early_reads_when_its_loop_begins() -> None:
+    epochs = between_known_epochs()
+    assert not epochs.reading
+    epochs.check(0, 1, A2)
+    epochs.arrive(1, Stream("b", 2), Position(1))
+    assert epochs.reading == [0, 1]
+
+
+def test_who_holds_a_split_for_an_epoch_to_come_is_named() -> None:
+    epochs = between_known_epochs()
+    with pytest.raises(ConsumerConflictError, match="drop the other iterator first"):
+        epochs.arrive(0, Stream("intruder", 1))
+
+
+def test_a_place_held_early_is_there_for_a_state_of_that_epoch_if_nobody_has_read_it() -> None:
+    state = Position(1, saved=True)
+    for early in (True, False):
+        epochs = between_known_epochs()
+        if not early:
+            epochs.check(0, 1, A2)
+        assert epochs.vacate(0, A2)
+        if early:
+            assert epochs.arrive(0, Stream("new", 1), state)
+            assert epochs.active[0] == Stream("new", 1)
+        else:
+            with pytest.raises(StateMismatchError, match="at epoch 1 already"):
+                epochs.arrive(0, Stream("new", 1), state)
+    assert not epochs.early - {Stream("b", 2)}
