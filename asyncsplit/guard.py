@@ -53,14 +53,18 @@ class Guard:
         return not self._idle.is_set()
 
     async def schema(
-        self, during_execution: DuringExecution, make_way: Callable[[], Settle | None]
+        self,
+        during_execution: DuringExecution,
+        make_way: Callable[[], Settle | None],
+        begun: Callable[[], bool],
     ) -> Schema | None:
         """Return the dataset's schema, computing it at most once.
 
         While the dataset is being executed and the schema is not cached: ``"raise"`` raises,
         ``"observed"`` returns the schema of the epoch's first block as soon as there is one,
         ``"wait"`` waits for the execution to end. ``make_way`` is asked before: it gives up an
-        execution that nobody needs yet, and returns None if there is no such one.
+        execution that nobody needs yet, and returns None if there is no such one. Where no loop
+        of the epoch has ``begun``, it is as with ``"observed"``: the end might wait for the caller.
 
         Raises:
             ExecutionActiveError: With ``"raise"``, if the dataset is being executed.
@@ -75,7 +79,7 @@ class Guard:
                     self._schema = await self._blocking(engine.dataset_schema, self._dataset)
                     return self._schema
                 observed = self._observed
-            if during_execution == "raise":
+            if during_execution == "raise" and begun():
                 self._state.schema_requests["rejected"] += 1
                 self._state.guard_rejections["schema"] += 1
                 raise ExecutionActiveError(
@@ -84,7 +88,7 @@ class Guard:
                     ' schema(during_execution="observed") for the schema of the blocks being'
                     ' delivered, or schema(during_execution="wait") to wait for the epoch to end.'
                 )
-            if during_execution == "wait" or observed is None:
+            if (during_execution == "wait" and begun()) or observed is None:
                 await self._idle.wait()
                 continue
             found = await asyncio.shield(observed)

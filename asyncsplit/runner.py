@@ -183,7 +183,9 @@ class EpochRunner:
         anew afterwards.
         """
         try:
-            return await self._guard.schema(during_execution, self._make_way)
+            return await self._guard.schema(
+                during_execution, self._make_way, lambda: bool(self.epochs.reading)
+            )
         finally:
             self._start_ahead()
 

@@ -197,9 +197,7 @@ class Epochs:
             raise StreamClosedError(
                 f"this stream over {name} was closed while it waited for its epoch"
             )
-        if early:
-            self.early.add(stream)
-        else:
+        if not early:
             self.early.discard(stream)
         if position and position.saved:
             if position == self.loaded.get(split) and self.epoch >= 0 and stream != holder:
@@ -232,6 +230,8 @@ class Epochs:
         if self.active.get(split) != stream:
             if position and position.has_begun and not position.saved:
                 self._check_reader(split, stream, position, reader)
+            if early and holder != stream:  # else its loop may have begun since
+                self.early.add(stream)
             self.arrived[split] = stream
             self.positions.pop(split, None)
             if position:

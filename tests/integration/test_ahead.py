@@ -14,6 +14,7 @@ import asyncsplit
 from asyncsplit import (
     AsyncDataIterator,
     ConsumerConflictError,
+    ExecutionActiveError,
     SplitOptions,
     StreamClosedError,
 )
@@ -92,6 +93,28 @@ async def test_the_first_blocks_of_a_known_epoch_need_no_coordinator() -> None:
     ids = batch["id"].tolist()
     ids += [i async for batch in stream for i in batch["id"].tolist()]
     assert ids == list(range(1000))
+
+
+async def test_schema_between_known_epochs_is_that_of_the_first_block() -> None:
+    dataset = ray.data.range(1000, override_num_blocks=10).map_batches(lambda batch: batch)
+    options = SplitOptions(epochs=2, prefetch_bytes=1)
+    (it,) = asyncsplit.streaming_split(dataset, 1, options=options)
+    await read(it)
+    await eventually(lambda: arrived_early(it))
+    for during_execution in ("raise", "wait"):
+        async with asyncio.timeout(20):
+            schema = await it.schema(during_execution=during_execution)
+        assert schema is not None
+        assert schema.names == ["id"]
+    status = await it.status()
+    assert status.executing
+    assert status.schema_requests == {"hit": 0, "miss": 0, "observed": 2, "rejected": 0}
+    stream = it.iter_batches(batch_size=10)
+    await anext(stream)
+    with pytest.raises(ExecutionActiveError):
+        await it.schema()
+    rest = [i async for batch in stream for i in batch["id"].tolist()]
+    assert sorted(rest) == [i for i in range(1000) if i >= 10]
 
 
 async def test_whoever_drops_its_iterator_leaves_the_known_epoch_to_others() -> None:

@@ -614,6 +614,13 @@ def test_who_has_arrived_early_reads_when_its_loop_begins() -> None:
     assert epochs.reading == [0, 1]
 
 
+def test_an_early_arrival_that_comes_after_its_loop_has_begun_to_wait_changes_nothing() -> None:
+    epochs = Epochs(2)
+    epochs.arrive(0, A1)
+    epochs.arrive(0, A1, early=True)
+    assert epochs.waiting == [0]
+
+
 def test_who_holds_a_split_for_an_epoch_to_come_is_named() -> None:
     epochs = between_known_epochs()
     with pytest.raises(ConsumerConflictError, match="drop the other iterator first"):
