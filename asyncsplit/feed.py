@@ -62,9 +62,10 @@ class Feed:
         self._lost_at = -1
         self._pulling: Future[Any] | None = None
         self._asked_early = False
-        self._starting: Future[Reply[Started]] | None = consumer.take_early() or self._arrive(
-            consumer.position
-        )
+        early = consumer.take_early()
+        self._unheard = early is not None
+        """Whether the coordinator does not know yet that this loop has begun."""
+        self._starting: Future[Reply[Started]] | None = early or self._arrive(consumer.position)
 
     @property
     def backlog(self) -> int:
@@ -100,6 +101,9 @@ class Feed:
         # Only now, so that the coordinator hears what has been begun: it would let a pull wait
         # for ever that says there is still enough.
         self._pull_if_room(finished_rows)
+        if self._unheard:  # and so no pull was sent, perhaps until the end
+            self._unheard = False
+            self.acknowledge(finished_rows)
         return waiting_for or (None if self._reading.fed > fed_before else self._pulling)
 
     def acknowledge(self, finished_rows: int, ahead: int | None = None) -> None:
@@ -229,6 +233,7 @@ class Feed:
         room = self._backlog.size_bytes < budget if self._prefetch else not self._backlog
         if room:
             self._asked_early = ahead is not None and ahead > 0
+            self._unheard = False
             self._pulling = ask(
                 self._consumer.coordinator,
                 "pull",

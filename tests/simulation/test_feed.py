@@ -24,12 +24,14 @@ class Answers:
     def __init__(self, **answers: list[object]) -> None:
         self._answers = answers
         self._method = ""
+        self.calls: list[str] = []
 
     def __getattr__(self, method: str) -> "Answers":
         self._method = method
         return self
 
     def remote(self, *args: object) -> "Answers":
+        self.calls.append(self._method)
         return self
 
     def future(self) -> "Future[Any]":
@@ -66,6 +68,30 @@ def test_who_takes_over_within_a_slice_has_that_slice_in_its_fingerprint(at_once
         assert feed.backlog == 1, "the block is on its way"
         both = fingerprint(fingerprint(0, 3), 5)
         assert feed.position(0) == Position(0, rows=5, check=both, fed=1)
+
+
+@pytest.mark.parametrize(("end", "says"), [(True, "acknowledge"), (False, "pull")])
+def test_a_loop_that_has_arrived_early_says_that_it_has_begun(end: bool, says: str) -> None:
+    """Also where its first blocks are its last: else its death would be no news for long."""
+    loop = VirtualLoop()
+    use_clock(loop)
+    whole = Slice(Ref(range(5), loop, 0.0), 0, 5, 40)  # type: ignore[arg-type]
+    started = Started(Position(1), 100, Delivery(0, (whole,), end=end))
+    coordinator: Any = Answers(start_epoch=[started])
+    with fakes_installed(), contextlib.closing(loop):
+        consumer = Consumer(coordinator, 0, 0)
+        consumer.arrive_early()
+        coordinator.calls.clear()
+        feed = Feed(
+            consumer,
+            Stream("it", 1),
+            Pipeline(batch_size=None, batch_format=None),
+            prefetch_batches=1,
+            batch_size=None,
+        )
+        for _ in range(3):
+            feed.advance(0)
+    assert coordinator.calls == [says]
 
 
 def sent_for(node_id: str, *, rows: int, seconds: float, prefetch_batches: int) -> int:

@@ -90,6 +90,22 @@ def test_who_is_missing_at_the_barrier_is_named_and_the_wait_ages() -> None:
     assert job.value("asyncsplit_barrier_wait_seconds_sum") >= LONG
 
 
+def test_who_has_arrived_early_neither_waits_nor_is_silent() -> None:
+    job = Job(2)
+    ages = [f"split_{age}_seconds" for age in ("wait_age", "silence", "batch_age")]
+    ages.append("split_missing")
+    for split in (0, 1):
+        assert all(job.by_split(name) == [0, 0] for name in ages)
+        job.epochs.arrive(split, Stream(str(split), 1), early=True)
+    job.run()
+    for split in job.state.splits:
+        split.heard_at = split.batch_at = time.monotonic() - LONG
+    assert all(job.by_split(name) == [0, 0] for name in ages)
+    assert job.value("asyncsplit_wait_age_seconds", wait="barrier") == 0
+    job.epochs.check(1, 0, Stream("1", 1))
+    assert job.by_split("split_silence_seconds")[1] >= LONG, "its loop has begun"
+
+
 def test_a_stuck_consumer_is_silent_and_one_that_waits_is_not() -> None:
     job = Job(2)
     job.arrive(0, 1)
