@@ -94,9 +94,9 @@ def test_who_has_arrived_early_neither_waits_nor_is_silent() -> None:
     job = Job(2)
     ages = [f"split_{age}_seconds" for age in ("wait_age", "silence", "batch_age")]
     ages.append("split_missing")
-    for split in (0, 1):
+    for number in (0, 1):
         assert all(job.by_split(name) == [0, 0] for name in ages)
-        job.epochs.arrive(split, Stream(str(split), 1), early=True)
+        job.epochs.arrive(number, Stream(str(number), 1), early=True)
     job.run()
     for split in job.state.splits:
         split.heard_at = split.batch_at = time.monotonic() - LONG
