@@ -373,6 +373,8 @@ def main() -> None:
         cluster = Cluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, log_to_driver=False)
         for line in sys.stdin:
+            # Ray may have any node it believes alive create an actor, which dies with that node.
+            cluster.wait_for_nodes()
             # A play that hangs ends all, and so shows where.
             play = asyncio.wait_for(PLAYS[line.strip()](cluster, directory), 160)
             print(json.dumps(asyncio.run(play)), file=answers)
