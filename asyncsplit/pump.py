@@ -12,6 +12,10 @@ from collections.abc import Callable
 from asyncsplit.engine import Bundle, Execution
 from asyncsplit.telemetry.state import PumpClock
 
+BURST = 32
+"""How many bundles that come at once are delivered together, at most: a pull that brings all that
+there is, the end of it too, saves the next one."""
+
 
 class Pump:
     """Carries bundles from an execution's thread to the event loop, as far as credit goes."""
@@ -34,6 +38,8 @@ class Pump:
         self._condition = threading.Condition()
         self._credit = 0
         self._taken: list[Bundle] = []
+        self._woken = False
+        """Whether the loop has been told of what was taken."""
         self._stopped = False
         # The execution is the thread's alone: who waits for the thread's end must not hold it.
         self._thread = threading.Thread(target=self._run, args=(execution,), name=name, daemon=True)
@@ -69,38 +75,51 @@ class Pump:
     def _carry(self, execution: Execution) -> None:
         while True:
             if not self.wanting:
+                self._deliver_soon()
                 self._clock.blocked_on("consumers")
                 with self._condition:
                     self._condition.wait_for(lambda: self._credit > 0 or self._stopped)
             if self._stopped:
                 return
             self._clock.blocked_on("dataset")
-            bundle, end = None, None
-            try:
-                bundle = execution.next_bundle()
-            except BaseException as error:  # carried to those who wait for blocks
-                end = error
-            if not self._hand_over(bundle, end):
+            if not self._take(execution):
                 return
 
-    def _hand_over(self, bundle: Bundle | None, end: BaseException | None) -> bool:
+    def _take(self, execution: Execution) -> bool:
+        """Wait for the next bundle and deliver it; return False when there will be no other."""
+        bundle: Bundle | None = None
+        end: BaseException | None = None
+        try:
+            bundle = execution.next_bundle()
+            if execution.ends_here():
+                end = StopIteration()
+        except BaseException as error:  # carried to those who wait for blocks
+            end = error
         with self._condition:
             if self._stopped:
                 return False
-            wake = not self._taken
             if bundle is not None:
                 self._credit -= _size(bundle)
                 self._taken.append(bundle)
-        if wake or end is not None:
-            try:
-                self._loop.call_soon_threadsafe(self._drain, end)
-            except RuntimeError:  # the loop is closed: nobody is left to deliver to
-                return False
-        return end is None
+        if end is None and len(self._taken) < BURST and execution.has_output:
+            return True
+        return self._deliver_soon(end) and end is None
+
+    def _deliver_soon(self, end: BaseException | None = None) -> bool:
+        """Have the loop take what is there; return False if there is no loop any more."""
+        with self._condition:
+            if end is None and (self._woken or not self._taken):
+                return True
+            self._woken = True
+        try:
+            self._loop.call_soon_threadsafe(self._drain, end)
+        except RuntimeError:  # the loop is closed: nobody is left to deliver to
+            return False
+        return True
 
     def _drain(self, end: BaseException | None) -> None:
         with self._condition:
-            taken, self._taken = self._taken, []
+            taken, self._taken, self._woken = self._taken, [], False
             if self._stopped:
                 return
         if taken or end is not None:

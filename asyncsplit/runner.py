@@ -435,8 +435,6 @@ class EpochRunner:
         self.distribution = self._new_distribution()
         if outcome != "completed":
             self._stopping = self._spawn(self._guard.stop(join, self._ahead.drop()))
-        elif self._ahead.distribution is None:
-            self._spawn(self._guard.stop(join))
         self._open_if_ready()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ def drain(execution: Execution) -> list[Bundle]:
         try:
             bundles.append(execution.next_bundle())
         except StopIteration:
+            execution.finish()
             return bundles
 
 
@@ -133,6 +135,34 @@ def test_an_execution_delivers_every_row_once_and_in_order() -> None:
     assert {part.node_id for part in parts} == {ray.get_runtime_context().get_node_id()}
     assert "ReadRange" in execution.stats()
     execution.shutdown()
+
+
+def test_with_the_last_bundle_it_is_known_that_no_other_comes() -> None:
+    execution = Execution.start(numbers(1000, blocks=8), epoch=0)
+    while execution.is_alive:
+        time.sleep(0.01)
+    ends = []
+    for _ in range(8):
+        assert execution.has_output
+        assert not execution.is_exhausted
+        execution.next_bundle()
+        ends.append(execution.ends_here())
+    assert ends == [False] * 7 + [True]
+    assert not execution.has_output
+    for _ in range(2):
+        execution.finish()
+        assert "ReadRange" in execution.stats()
+    with pytest.raises(StopIteration):
+        execution.next_bundle()
+
+
+def test_an_execution_that_fails_is_not_exhausted() -> None:
+    execution = Execution.start(failing(lambda: ValueError("boom")), epoch=0)
+    while execution.is_alive:
+        time.sleep(0.01)
+    assert not execution.is_exhausted
+    with pytest.raises(ValueError, match="boom"):
+        execution.next_bundle()
 
 
 def test_a_bundle_of_many_blocks_and_of_slices_keeps_the_order() -> None:

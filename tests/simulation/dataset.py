@@ -162,6 +162,9 @@ class FakeExecution:
         self.is_over = False
         """Whether it was shut down, or has come to its end."""
         self._shut = False
+        self._rows = 0
+        self._is_late = dataset.random.random() < 0.5
+        self.has_output = False
 
     @classmethod
     def start(cls, dataset: FakeDataset, epoch: int) -> "FakeExecution":
@@ -177,16 +180,29 @@ class FakeExecution:
         if self._shut:
             raise StopIteration
         try:
-            return next(self._bundles)
+            bundle = next(self._bundles)
         except StopIteration:
             self.is_over = True
             raise
+        self._rows += sum(block.stop - block.start for block in bundle.blocks)
+        return bundle
+
+    def ends_here(self) -> bool:
+        """Tell whether no bundle comes any more, if that is known: half of the time it is late."""
+        fails = self.dataset.failures.get(self.epoch) == "blocks"
+        self.is_over |= self._rows == self.dataset.rows and not fails and not self._is_late
+        self.has_output = not self.is_over and self.dataset.random.random() < 0.5
+        return self.is_over
 
     def report_consumers(self, held_bytes: int, *, wanting: bool) -> None:
         assert held_bytes >= 0
 
     def excuse_pause(self) -> None:
         pass
+
+    def finish(self) -> None:
+        assert self.is_over
+        self._shut = True
 
     def shutdown(self) -> None:
         self._shut = self.is_over = True
@@ -196,6 +212,8 @@ class FakeExecution:
 
     def seconds_to_next(self) -> float:
         random = self.dataset.random
+        if self.has_output:
+            return 0.0
         return random.uniform(0.0, 0.02) if random.random() < 0.9 else random.uniform(0.0, 3.0)
 
 
@@ -232,19 +250,17 @@ class PumpThread:
 
     def step(self) -> None:
         """Begin to wait for a bundle, if the pump may."""
-        if self._busy or self._ended or self._pump._stopped or self._pump._credit <= 0:
+        if self._busy or self._ended or self._pump._stopped:
+            return
+        if self._pump._credit <= 0:
+            self._pump._deliver_soon()
             return
         self._busy = True
         self._loop.call_later(self.execution.seconds_to_next(), self._take)
 
     def _take(self) -> None:
         self._busy = False
-        bundle, end = None, None
-        try:
-            bundle = self.execution.next_bundle()
-        except BaseException as error:
-            end = error
-        if self._pump._hand_over(bundle, end):
+        if self._pump._take(self.execution):  # type: ignore[arg-type]
             self.step()
         else:
             self._ended = True

@@ -1030,7 +1030,9 @@ def test_who_leaves_while_a_restarted_coordinator_starts_keeps_nobody_waiting() 
         leaves, stays = job.readers[0], job.readers[1]
         leaves.close()
         machine.deliver_all()
-        for _ in range(20):
+        for _ in range(100):  # a block may take 3 s
+            if stays.rows == 16:
+                break
             stays.act(1, 1.0)
             machine.deliver_all()
             job.pass_time(0.1)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")
 
 INTERFACES = "ray.data._internal.execution.interfaces"
 EXECUTOR = "ray.data._internal.execution.streaming_executor.StreamingExecutor"
+OUTPUT = "ray.data._internal.execution.streaming_executor_state.OpState"
 BUILDER = "ray.data._internal.delegating_block_builder.DelegatingBlockBuilder"
 BUNDLE = f"{INTERFACES}.ref_bundle"
 SOURCES = "ray.data._internal.logical.operators"
@@ -101,6 +102,18 @@ def test_the_installed_ray_is_supported() -> None:
 )
 def test_a_call_is_taken(path: str, args: list[object], kwargs: dict[str, object]) -> None:
     assert takes(path, *args, **kwargs), moved(f"{path}, called with {args} {kwargs},")
+
+
+@pytest.mark.parametrize("error", [None, ValueError("boom")])
+def test_an_executors_output_says_whether_all_has_been_executed(error: Exception | None) -> None:
+    state = find(OUTPUT)
+    output = object.__new__(state)
+    state.mark_finished(output, error)
+    assert getattr(output, "_finished", False) is (error is None), moved(f"{OUTPUT}._finished")
+    operator = f"{INTERFACES}.PhysicalOperator"
+    assert takes(f"{operator}.has_completed", "self"), moved(operator)
+    assert find(f"{operator}.input_dependencies") is not None, moved(operator)
+    assert "_output_node" in inspect.getsource(find(EXECUTOR)), moved(f"{EXECUTOR}._output_node")
 
 
 def test_tensorflow_tensors_are_made_by_ray() -> None:
