@@ -147,14 +147,14 @@ class Execution:
         return not self._executor._consumer_idling()
 
     def ends_here(self) -> bool:
-        """Tell whether the bundle just taken was the last one.
+        """Tell, where there is no output, whether the bundle just taken was the last one.
 
         False also if Ray does not know it yet. Where the dataset holds its blocks itself, what is
         missing is only a step of the executor's, which is waited for.
         """
         operator, _ = cast("Any", self._executor)._output_node
         # Not with others: some start tasks when they are asked, and may be from one thread only.
-        if not operator.input_dependencies and not self.has_output and operator.has_completed():
+        if not operator.input_dependencies and operator.has_completed():
             began = perf_counter()
             while not self._is_executed and perf_counter() - began < STEP_S:
                 sleep(0.0002)

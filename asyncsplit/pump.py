@@ -8,6 +8,7 @@ there would switch backpressure off.
 import asyncio
 import threading
 from collections.abc import Callable
+from time import sleep
 
 from asyncsplit.engine import Bundle, Execution
 from asyncsplit.telemetry.state import PumpClock
@@ -89,9 +90,11 @@ class Pump:
         """Wait for the next bundle and deliver it; return False when there will be no other."""
         bundle: Bundle | None = None
         end: BaseException | None = None
+        more = False
         try:
             bundle = execution.next_bundle()
-            if execution.ends_here():
+            more = execution.has_output
+            if not more and execution.ends_here():
                 end = StopIteration()
         except BaseException as error:  # carried to those who wait for blocks
             end = error
@@ -101,9 +104,13 @@ class Pump:
             if bundle is not None:
                 self._credit -= _size(bundle)
                 self._taken.append(bundle)
-        if end is None and len(self._taken) < BURST and execution.has_output:
+        if more and len(self._taken) % BURST:
             return True
-        return self._deliver_soon(end) and end is None
+        if not self._deliver_soon(end) or end is not None:
+            return False
+        if more:
+            sleep(0)  # else the loop may wait for the interpreter while the rest is taken
+        return True
 
     def _deliver_soon(self, end: BaseException | None = None) -> bool:
         """Have the loop take what is there; return False if there is no loop any more."""

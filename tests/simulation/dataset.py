@@ -185,13 +185,13 @@ class FakeExecution:
             self.is_over = True
             raise
         self._rows += sum(block.stop - block.start for block in bundle.blocks)
+        self.has_output = self._rows < self.dataset.rows and self.dataset.random.random() < 0.5
         return bundle
 
     def ends_here(self) -> bool:
         """Tell whether no bundle comes any more, if that is known: half of the time it is late."""
         fails = self.dataset.failures.get(self.epoch) == "blocks"
         self.is_over |= self._rows == self.dataset.rows and not fails and not self._is_late
-        self.has_output = not self.is_over and self.dataset.random.random() < 0.5
         return self.is_over
 
     def report_consumers(self, held_bytes: int, *, wanting: bool) -> None:
