@@ -78,7 +78,7 @@ class Guard:
                 if self._schema is not None:
                     self._state.schema_requests["hit"] += 1
                     return self._schema
-                if not self.active or await self._ended_by(make_way()):
+                if await self._cleared(make_way):
                     self._state.schema_requests["miss"] += 1
                     self._schema = await self._blocking(engine.dataset_schema, self._dataset)
                     return self._schema
@@ -176,8 +176,10 @@ class Guard:
             return await self._blocking(self._execution.stats)
         return self._stats or str(await self._blocking(self._dataset.stats))
 
-    async def _ended_by(self, settle: Settle | None) -> bool:
-        if settle is None:
+    async def _cleared(self, make_way: Callable[[], Settle | None]) -> bool:
+        """Shut down what is through, or makes way; tell whether nothing is executed now."""
+        settle = None
+        if self.active and (settle := make_way()) is None:
             return False
         await self._shut_down(settle)
         return True
