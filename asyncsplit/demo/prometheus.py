@@ -61,13 +61,16 @@ def running(program: str, config: Path, data: Path) -> Iterator["Api"]:
         # It would stop one day, with nobody to read what it has to say.
         rest = threading.Thread(target=deque, args=(guard.stderr, 0), daemon=True)
         try:
-            said = []
+            said: list[str] = []
+            listening, ready = None, False
             for line in guard.stderr:
                 said.append(line)
-                if "Server is ready" in line:
+                # Either may come first.
+                listening = listening or re.search(r'msg="Listening on".* address=(\S+)', line)
+                ready = ready or "Server is ready" in line
+                if listening and ready:
                     break
-            listening = re.search(r'msg="Listening on".* address=(\S+)', "".join(said))
-            if listening is None:
+            if listening is None or not ready:
                 raise OSError(f"{program} did not start: {''.join(said[-3:])}")
             rest.start()
             yield Api(f"http://{listening[1]}")

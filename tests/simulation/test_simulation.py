@@ -39,7 +39,7 @@ def test_what_was_found_stays_mended(seed: int) -> None:
 
 def test_everything_holds_in_many_jobs() -> None:
     taken_over = redelivered = 0
-    for seed in range(180):
+    for seed in range(360):
         oracle = simulate(seed).oracle
         taken_over += oracle.taken_over
         redelivered += oracle.redelivered
