@@ -25,6 +25,7 @@ import asyncsplit.distribution
 import asyncsplit.feed
 import asyncsplit.guard
 import asyncsplit.pump
+import asyncsplit.remote
 import asyncsplit.stream
 import asyncsplit.waits
 from asyncsplit import engine
@@ -493,6 +494,7 @@ def fakes_installed() -> Iterator[None]:
         put(engine, "pickled", fakes.pickled)
         put(engine, "unpack", fakes.unpack)
         put(asyncsplit.backlog, "ray", SimpleNamespace(wait=fakes.wait, ObjectRef=Any))
+        put(asyncsplit.remote, "ray", SimpleNamespace(is_initialized=lambda: True))
         put(asyncsplit.backlog, "SMALL_BYTES", 8 * fakes.ROW_BYTES)
         put(asyncsplit.backlog, "GROUP_BYTES", 16 * fakes.ROW_BYTES)
         put(asyncsplit.backlog, "HERE_BYTES", 40 * fakes.ROW_BYTES)
