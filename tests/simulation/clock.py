@@ -43,6 +43,12 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         return self._files.now
 
     def _run_once(self) -> None:
+        # asyncio runs what is due within its clock's resolution; while others are at work, time
+        # would not get there, and who then sets the timer again would do it for ever.
+        if self._scheduled:  # type: ignore[attr-defined]
+            due_at: float = self._scheduled[0].when()  # type: ignore[attr-defined]
+            if due_at <= self.time() + self._clock_resolution:  # type: ignore[attr-defined]
+                self._files.now = max(self.time(), due_at)
         super()._run_once()  # type: ignore[misc]
         self.after_step()
 
