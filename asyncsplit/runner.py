@@ -423,7 +423,10 @@ class EpochRunner:
             self._end_epoch("failed", error)
 
     def _end_epoch(self, outcome: str, error: BaseException | None = None) -> None:
-        """Let the blocks go, stop the executor, and begin the next epoch if all wait for it."""
+        """Let the blocks go, and begin the next epoch if all wait for it.
+
+        The executor is stopped, unless it is through: then the guard sees to it.
+        """
         self._state.epoch_ended(outcome)
         self._spans.ended(outcome, self.distribution.ledger, error)
         for split, stream in self.epochs.active.items():

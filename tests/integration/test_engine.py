@@ -4,7 +4,6 @@ import pickle
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,8 +138,7 @@ def test_an_execution_delivers_every_row_once_and_in_order() -> None:
 
 def test_with_the_last_bundle_it_is_known_that_no_other_comes() -> None:
     execution = Execution.start(numbers(1000, blocks=8), epoch=0)
-    while execution.is_alive:
-        time.sleep(0.01)
+    execution._executor.join(timeout=60)
     ends = []
     for _ in range(8):
         assert execution.has_output
@@ -158,8 +156,8 @@ def test_with_the_last_bundle_it_is_known_that_no_other_comes() -> None:
 
 def test_an_execution_that_fails_is_not_exhausted() -> None:
     execution = Execution.start(failing(lambda: ValueError("boom")), epoch=0)
-    while execution.is_alive:
-        time.sleep(0.01)
+    execution._executor.join(timeout=60)
+    assert not execution.is_alive
     assert not execution.is_exhausted
     with pytest.raises(ValueError, match="boom"):
         execution.next_bundle()

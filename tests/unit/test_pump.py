@@ -12,8 +12,7 @@ from asyncsplit.telemetry.state import PumpClock
 REF: Any = object()
 
 
-def bundle(size_bytes: int = 1) -> Bundle:
-    return Bundle((Block(REF, 0, 1, size_bytes, None),), None)
+BUNDLE = Bundle((Block(REF, 0, 1, 1, None),), None)
 
 
 class Output:
@@ -32,7 +31,7 @@ class Output:
             self._more.wait()
             raise StopIteration
         self.left -= 1
-        return bundle()
+        return BUNDLE
 
     @property
     def has_output(self) -> bool:
@@ -53,7 +52,7 @@ class Endless(Output):
         return True
 
 
-class Loop:
+class Brought:
     """What the loop is brought, and how often it is."""
 
     def __init__(self) -> None:
@@ -75,16 +74,19 @@ class Loop:
         return sum(bundles for bundles, _ in self.deliveries)
 
 
+Start = Callable[[Output], tuple[Pump, Brought]]
+
+
 @pytest.fixture
-def pumped() -> Iterator[Callable[[Output], tuple[Pump, Loop]]]:
+def pumped() -> Iterator[Start]:
     pumps: list[tuple[Pump, Output]] = []
 
-    def start(output: Output) -> tuple[Pump, Loop]:
-        loop = Loop()
+    def start(output: Output) -> tuple[Pump, Brought]:
+        brought = Brought()
         execution: Any = output
-        pump = Pump(execution, loop.receive, "pump", PumpClock())
+        pump = Pump(execution, brought.receive, "pump", PumpClock())
         pumps.append((pump, output))
-        return pump, loop
+        return pump, brought
 
     yield start
     for pump, output in pumps:
@@ -93,62 +95,61 @@ def pumped() -> Iterator[Callable[[Output], tuple[Pump, Loop]]]:
         pump.join()
 
 
-Start = Callable[[Output], tuple[Pump, Loop]]
-
-
 @pytest.mark.asyncio
 async def test_all_that_there_is_at_once_is_delivered_together_with_its_end(pumped: Start) -> None:
-    pump, loop = pumped(Output(BURST - 1, ends=True))
+    pump, brought = pumped(Output(BURST - 1, ends=True))
     pump.allow(10 * BURST)
-    await loop.until(lambda: bool(loop.deliveries))
-    ((bundles, end),) = loop.deliveries
+    await brought.until(lambda: bool(brought.deliveries))
+    ((bundles, end),) = brought.deliveries
     assert bundles == BURST - 1
     assert isinstance(end, StopIteration)
 
 
 @pytest.mark.asyncio
 async def test_the_last_before_a_wait_does_not_wait_along(pumped: Start) -> None:
-    pump, loop = pumped(Output(3))
+    pump, brought = pumped(Output(3))
     pump.allow(100)
-    await loop.until(lambda: loop.bundles == 3)
-    assert loop.deliveries == [(3, None)]
+    await brought.until(lambda: brought.bundles == 3)
+    assert brought.deliveries == [(3, None)]
 
 
 @pytest.mark.asyncio
 async def test_without_credit_for_more_it_delivers_what_it_has(pumped: Start) -> None:
     output = Output(10)
-    pump, loop = pumped(output)
+    pump, brought = pumped(output)
     pump.allow(2)
-    await loop.until(lambda: loop.bundles == 2)
+    await brought.until(lambda: brought.bundles == 2)
     assert output.left == 8
     assert not pump.wanting
     pump.allow(1)
-    await loop.until(lambda: loop.bundles == 3)
+    await brought.until(lambda: brought.bundles == 3)
 
 
 @pytest.mark.asyncio
 async def test_a_long_burst_is_not_kept_to_its_end(pumped: Start) -> None:
-    pump, loop = pumped(Endless(BURST))
+    pump, brought = pumped(Endless(BURST))
     pump.allow(10 * BURST)
-    await loop.until(lambda: loop.bundles == BURST)
+    await brought.until(lambda: brought.bundles == BURST)
 
 
 @pytest.mark.asyncio
 async def test_an_error_comes_after_what_was_taken_before(pumped: Start) -> None:
     error = ValueError("boom")
-    pump, loop = pumped(Output(2, error=error))
+    pump, brought = pumped(Output(2, error=error))
     pump.allow(100)
-    await loop.until(lambda: loop.deliveries[-1:] == [(0, error)] or (2, error) in loop.deliveries)
-    assert loop.bundles == 2
+    await brought.until(
+        lambda: brought.deliveries[-1:] == [(0, error)] or (2, error) in brought.deliveries
+    )
+    assert brought.bundles == 2
 
 
 @pytest.mark.asyncio
 async def test_nothing_is_delivered_after_a_stop(pumped: Start) -> None:
     output = Output(1)
-    pump, loop = pumped(output)
+    pump, brought = pumped(output)
     pump.allow(100)
     pump.stop()
     output.let_go()
     await asyncio.to_thread(pump.join)
     await asyncio.sleep(0)
-    assert loop.deliveries == []
+    assert brought.deliveries == []
