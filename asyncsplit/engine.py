@@ -9,12 +9,13 @@ import importlib
 import os
 import pickle
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import count
 from pathlib import Path
 from time import perf_counter, sleep
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias, cast
 
 import ray
 from packaging.specifiers import SpecifierSet
@@ -82,7 +83,7 @@ class Bundle(NamedTuple):
     schema: object | None
 
 
-class Execution:
+class StreamingExecution:
     """One execution of a dataset, for one epoch; get it from `start`."""
 
     def __init__(self, executor: "StreamingExecutor", bundles: "Iterator[RefBundle]"):
@@ -90,7 +91,7 @@ class Execution:
         self._bundles = bundles
 
     @classmethod
-    def start(cls, ds: Dataset, epoch: int) -> "Execution":
+    def start(cls, ds: Dataset, epoch: int) -> Self:
         """Start executing `ds`; block while its actors come up, if ``wait_for_min_actors_s`` asks.
 
         `epoch` seeds what reshuffles per execution, so that epoch 3 is shuffled alike before and
@@ -226,6 +227,70 @@ class Execution:
     def stats(self) -> str:
         """Return Ray's summary of the execution so far."""
         return str(self._executor.get_stats().to_summary().to_string())
+
+
+class Materialized:
+    """The blocks of a dataset that holds them itself, for one epoch: nothing is executed.
+
+    It has what a `StreamingExecution` has, and never waits. Upstream: ``Dataset._execute`` in
+    ``ray/data/dataset.py`` leaves out the executor for such a dataset, but not what splits it.
+    """
+
+    def __init__(self, bundles: "Sequence[RefBundle]", stats: Callable[[], str]) -> None:
+        """Deliver these bundles; ``stats`` tells how the dataset came about."""
+        self._bundles = deque(bundles)
+        self._tell_stats = stats
+
+    def next_bundle(self) -> Bundle:
+        """Return the next bundle.
+
+        Raises:
+            StopIteration: there is none, or `shutdown` was called.
+        """
+        try:
+            bundle = self._bundles.popleft()
+        except IndexError:
+            raise StopIteration from None
+        return Bundle(tuple(_parts(bundle)), bundle.schema)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether there is another bundle."""
+        return bool(self._bundles)
+
+    def ends_here(self) -> bool:
+        """Tell whether the bundle just taken was the last one."""
+        return not self._bundles
+
+    def report_consumers(self, held_bytes: int, *, wanting: bool) -> None:
+        """Do nothing: there is nothing to hold back."""
+
+    def excuse_pause(self) -> None:
+        """Do nothing: nobody takes a pause for a hang."""
+
+    def finish(self) -> None:
+        """Do nothing more."""
+        self.shutdown()
+
+    def shutdown(self) -> None:
+        """Let go of what nobody took; idempotent, from any thread."""
+        self._bundles.clear()
+
+    def stats(self) -> str:
+        """Return Ray's summary of how the blocks were made."""
+        return self._tell_stats()
+
+
+Execution: TypeAlias = StreamingExecution | Materialized
+"""What the blocks of one epoch come from."""
+
+
+def start(ds: Dataset, epoch: int) -> Execution:
+    """Begin an epoch: with `StreamingExecution.start`, unless the dataset holds its blocks."""
+    known = getattr(cast("Any", ds)._logical_plan.dag, "output_data", lambda: None)()
+    if known is None:
+        return StreamingExecution.start(ds, epoch)
+    return Materialized(known, lambda: str(ds.stats()))
 
 
 def _forget_definitions() -> None:

@@ -18,7 +18,7 @@ from ray.data import DataContext, Dataset, FileShuffleConfig
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayTaskError, WorkerCrashedError
 
 from asyncsplit import engine, plain
-from asyncsplit.engine import Bundle, Execution
+from asyncsplit.engine import Bundle, Execution, Materialized, StreamingExecution
 from asyncsplit.remote_errors import KeepOriginal, RemoteTraceback, pack_error, unpack_error, unwrap
 
 # Ray Data uses what Ray and pandas have deprecated.
@@ -118,7 +118,7 @@ def failing(make: Callable[[], BaseException]) -> Dataset:
 
 
 def error_of(ds: Dataset) -> BaseException:
-    execution = Execution.start(ds, epoch=0)
+    execution = StreamingExecution.start(ds, epoch=0)
     with pytest.raises(Exception) as caught:  # noqa: PT011
         drain(execution)
     assert not execution.is_alive
@@ -126,7 +126,7 @@ def error_of(ds: Dataset) -> BaseException:
 
 
 def test_an_execution_delivers_every_row_once_and_in_order() -> None:
-    execution = Execution.start(numbers(1000, blocks=8), epoch=0)
+    execution = StreamingExecution.start(numbers(1000, blocks=8), epoch=0)
     bundles = drain(execution)
     assert rows_of(bundles) == list(range(1000))
     parts = [part for bundle in bundles for part in bundle.blocks]
@@ -137,7 +137,7 @@ def test_an_execution_delivers_every_row_once_and_in_order() -> None:
 
 
 def test_with_the_last_bundle_it_is_known_that_no_other_comes() -> None:
-    execution = Execution.start(numbers(1000, blocks=8), epoch=0)
+    execution = StreamingExecution.start(numbers(1000, blocks=8), epoch=0)
     execution._executor.join(timeout=60)
     ends = []
     for _ in range(8):
@@ -155,7 +155,7 @@ def test_with_the_last_bundle_it_is_known_that_no_other_comes() -> None:
 
 
 def test_an_execution_that_fails_is_not_exhausted() -> None:
-    execution = Execution.start(failing(lambda: ValueError("boom")), epoch=0)
+    execution = StreamingExecution.start(failing(lambda: ValueError("boom")), epoch=0)
     execution._executor.join(timeout=60)
     assert not execution.is_alive
     assert not execution.is_exhausted
@@ -172,16 +172,72 @@ def test_a_bundle_of_many_blocks_and_of_slices_keeps_the_order() -> None:
     source: Any = type(whole._logical_plan.dag)
     first, second = merged.slice(37)
     ds = Dataset(plan(source([second, first]), whole.context), whole.context, whole._in_stats)
-    taken = drain(Execution.start(ds, epoch=0))
+    taken = drain(StreamingExecution.start(ds, epoch=0))
     assert rows_of(taken) == [*range(37, 100), *range(37)]
     assert [len(bundle.blocks) for bundle in taken] == [4, 2]
     assert [(part.start, part.stop) for part in taken[1].blocks] == [(0, 20), (0, 17)]
     assert [part.size_bytes for part in taken[1].blocks] == [160, 136]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: numbers(100, blocks=5).materialize(),
+        lambda: ray.data.from_items([{"id": i} for i in range(100)], override_num_blocks=3),
+        lambda: ray.data.from_pandas([pd.DataFrame({"id": range(60)}), pd.DataFrame({"id": []})]),
+        lambda: ray.data.from_arrow(pa.table({"id": range(20)})),
+        lambda: ray.data.from_items([]),
+    ],
+    ids=["materialize", "items", "pandas", "arrow", "empty"],
+)
+def test_a_dataset_that_holds_its_blocks_is_not_executed(make: Callable[[], Dataset]) -> None:
+    ds = make()
+    executed = drain(StreamingExecution.start(ds, epoch=0))
+    for epoch in range(2):
+        execution = engine.start(ds, epoch)
+        assert isinstance(execution, Materialized)
+        bundles = drain(execution)
+        assert [bundle.blocks for bundle in bundles] == [bundle.blocks for bundle in executed]
+        assert bundles[:1] == executed[:1]  # the schema of the first is what counts
+    assert execution.stats() == ds.stats()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: numbers(10, blocks=2),
+        lambda: ray.data.range(10),
+        lambda: numbers(10, blocks=2).materialize().limit(5),
+        lambda: ray.data.from_items([{"id": 1}]).randomize_block_order(),
+    ],
+    ids=["map", "read", "limit", "order"],
+)
+def test_any_other_dataset_is_executed(make: Callable[[], Dataset]) -> None:
+    execution = engine.start(make(), epoch=0)
+    assert isinstance(execution, StreamingExecution)
+    execution.shutdown()
+
+
+def test_what_is_not_executed_knows_its_end_and_can_be_left() -> None:
+    ds = numbers(100, blocks=4).materialize()
+    whole, left = engine.start(ds, epoch=0), engine.start(ds, epoch=1)
+    ends = []
+    for _ in range(4):
+        assert whole.has_output
+        whole.next_bundle()
+        ends.append(whole.ends_here())
+    assert ends == [False, False, False, True]
+    assert not whole.has_output
+    left.next_bundle()
+    left.shutdown()
+    for each in (whole, left):
+        with pytest.raises(StopIteration):
+            each.next_bundle()
+
+
 def test_blocks_without_rows_are_left_out() -> None:
     ds = numbers(100, blocks=4).map_batches(lambda batch: {"id": batch["id"][batch["id"] >= 60]})
-    bundles = drain(Execution.start(ds, epoch=0))
+    bundles = drain(StreamingExecution.start(ds, epoch=0))
     assert rows_of(bundles) == list(range(60, 100))
     assert all(part.stop > part.start for bundle in bundles for part in bundle.blocks)
 
@@ -201,7 +257,9 @@ def test_blocks_without_rows_are_left_out() -> None:
 )
 def test_every_operator_tells_the_rows_of_its_blocks(change: Callable[[Dataset], Dataset]) -> None:
     ds = change(numbers(100, blocks=4))
-    parts = [part for bundle in drain(Execution.start(ds, epoch=0)) for part in bundle.blocks]
+    parts = [
+        part for bundle in drain(StreamingExecution.start(ds, epoch=0)) for part in bundle.blocks
+    ]
     blocks = get_ready([part.ref for part in parts])
     assert [part.stop for part in parts] == [len(block) for block in blocks]
     assert sum(len(block) for block in blocks) == ds.count()
@@ -210,7 +268,7 @@ def test_every_operator_tells_the_rows_of_its_blocks(change: Callable[[Dataset],
 def test_the_same_dataset_is_executed_again_and_again_after_an_abort_too() -> None:
     ds = numbers(300, blocks=6)
     for epoch in range(4):
-        execution = Execution.start(ds, epoch)
+        execution = StreamingExecution.start(ds, epoch)
         assert engine.dataset_tag(ds).endswith(f"_{epoch}")
         if epoch == 1:
             execution.next_bundle()
@@ -230,7 +288,7 @@ def test_an_epoch_is_shuffled_alike_whatever_ran_before(tmp_path: Path) -> None:
     def orders(epochs: list[int]) -> list[list[int]]:
         copy = cloudpickle.loads(cloudpickle.dumps(ds))
         engine.dataset_schema(copy)
-        return [rows_of(drain(Execution.start(copy, epoch))) for epoch in epochs]
+        return [rows_of(drain(StreamingExecution.start(copy, epoch))) for epoch in epochs]
 
     first, second, third = orders([0, 1, 2])
     assert orders([2]) == [third]
@@ -239,7 +297,7 @@ def test_an_epoch_is_shuffled_alike_whatever_ran_before(tmp_path: Path) -> None:
 
 
 def test_a_started_execution_is_held_back_for_its_consumers() -> None:
-    execution = Execution.start(numbers(10, blocks=1), epoch=0)
+    execution = StreamingExecution.start(numbers(10, blocks=1), epoch=0)
     assert execution._executor._resource_manager.has_external_consumer
     execution.shutdown()
 
@@ -251,7 +309,7 @@ def test_shutdown_frees_a_pump_that_waits_for_the_datasets_code() -> None:
         ray.get(gate.hold.remote())
         return batch
 
-    execution = Execution.start(ray.data.range(10).map_batches(hold), epoch=0)
+    execution = StreamingExecution.start(ray.data.range(10).map_batches(hold), epoch=0)
     ends: list[BaseException] = []
 
     def pump() -> None:
@@ -369,7 +427,7 @@ def test_user_errors_are_retried_as_without_asyncsplit() -> None:
 
     ds = ray.data.range(10, override_num_blocks=1)
     retried = ds.map_batches(fail_once, retry_exceptions=[ConnectionError], max_retries=2)
-    assert rows_of(drain(Execution.start(retried, epoch=0))) == list(range(10))
+    assert rows_of(drain(StreamingExecution.start(retried, epoch=0))) == list(range(10))
 
 
 def test_map_retries_match_as_without_asyncsplit() -> None:
@@ -385,7 +443,7 @@ def test_map_retries_match_as_without_asyncsplit() -> None:
         pytest.skip(f"Ray {ray.__version__} does not retry map errors")
     ds.context.max_map_retries = 1
     ds.context.retried_map_errors = ["UserCodeException.*ConnectionError: flaky"]
-    assert rows_of(drain(Execution.start(ds, epoch=0))) == list(range(10))
+    assert rows_of(drain(StreamingExecution.start(ds, epoch=0))) == list(range(10))
 
 
 class Breaks:
@@ -406,7 +464,7 @@ def test_an_actor_whose_constructor_raises_fails_the_start_if_that_waits_for_it(
     ds = ray.data.range(10).map_batches(Breaks, concurrency=1)
     ds.context.wait_for_min_actors_s = 60
     with pytest.raises(ActorDiedError, match="ValueError: no model file"):
-        Execution.start(ds, epoch=0)
+        StreamingExecution.start(ds, epoch=0)
 
 
 def test_actors_that_do_not_fit_fail_the_start_if_that_waits_for_them() -> None:
@@ -417,7 +475,7 @@ def test_actors_that_do_not_fit_fail_the_start_if_that_waits_for_them() -> None:
     ds = ray.data.range(10).map_batches(Fine, concurrency=1, num_cpus=64)
     ds.context.wait_for_min_actors_s = 1
     with pytest.raises(GetTimeoutError):
-        Execution.start(ds, epoch=0)
+        StreamingExecution.start(ds, epoch=0)
 
 
 def test_workers_need_not_have_asyncsplit() -> None:
@@ -451,7 +509,7 @@ def test_the_schema_is_that_of_the_dataset_pickled_or_observed() -> None:
     copy = cloudpickle.loads(cloudpickle.dumps(ds))
     schema = engine.dataset_schema(copy)
     assert cloudpickle.loads(cloudpickle.dumps(schema)) == expected
-    (bundle,) = drain(Execution.start(copy, epoch=0))
+    (bundle,) = drain(StreamingExecution.start(copy, epoch=0))
     assert engine.observed_schema(bundle.schema, ds.context) == expected
     assert engine.observed_schema(None, ds.context) is None
 

@@ -154,7 +154,7 @@ class FakeDataset:
 
 
 class FakeExecution:
-    """Stands for `engine.Execution`; one at a time, or a real cluster could deadlock."""
+    """Stands for an `engine.Execution`; one at a time, or a real cluster could deadlock."""
 
     def __init__(self, dataset: FakeDataset, epoch: int) -> None:
         self._bundles = dataset.bundles(epoch)

@@ -116,6 +116,14 @@ def test_an_executors_output_says_whether_all_has_been_executed(error: Exception
     assert "_output_node" in inspect.getsource(find(EXECUTOR)), moved(f"{EXECUTOR}._output_node")
 
 
+def test_a_dataset_tells_the_blocks_that_it_holds() -> None:
+    source = find(f"{SOURCES}.InputData")
+    assert takes(f"{SOURCES}.InputData.output_data", "self"), moved("InputData.output_data")
+    assert source([]).output_data() == [], moved("InputData.output_data")
+    assert takes(f"{SOURCES}.Read.output_data", "self"), moved("Read.output_data")
+    assert "_logical_plan.dag" in inspect.getsource(Dataset), moved("Dataset._logical_plan.dag")
+
+
 def test_tensorflow_tensors_are_made_by_ray() -> None:
     # Its module cannot be imported without TensorFlow.
     package = "ray.data._internal.utils.tensorflow_utils"
