@@ -33,6 +33,10 @@ T = TypeVar("T")
 YIELD_AFTER_S = 0.0015
 """How long batches are handed out without letting the event loop run anything else."""
 
+ROUNDS = 3
+"""How often the event loop then goes round. A timer that is due makes a future ready in the first,
+the future wakes its task in the second, and that runs ahead of the stream in the third."""
+
 RECHECK_S = 1.0
 """How long to wait before seeing whether waiting still makes sense, see `Feed.advance`."""
 
@@ -165,10 +169,7 @@ class BatchStream(Generic[T]):
         if now >= self._yield_at:
             self._check(now)
             # Before a batch is taken: one that is taken would be lost by a cancellation here.
-            paused = perf_counter()
-            await asyncio.sleep(0)
-            if (feed := self._feed) and (lag_s := perf_counter() - paused) > feed.times.lag_s:
-                feed.times.lag_s = lag_s
+            await self._leave_loop()
         try:
             batch = next(self._batches, _END)
         except Exception:
@@ -178,6 +179,9 @@ class BatchStream(Generic[T]):
             self._loop = asyncio.get_running_loop()
             with contextlib.closing(self._wait(now)) as waits:
                 for future in waits:
+                    if future is None:
+                        await self._leave_loop()
+                        continue
                     await settled(future, RECHECK_S)
                     self._yield_at = perf_counter() + YIELD_AFTER_S
             batch = self._take_ready()
@@ -209,7 +213,7 @@ class BatchStream(Generic[T]):
             raise
         if batch is None:
             with contextlib.closing(self._wait(now)) as waits:
-                for future in waits:
+                for future in filter(None, waits):
                     futures.wait((future,), RECHECK_S)
             batch = self._take_ready()
         if batch is _END:
@@ -288,8 +292,22 @@ class BatchStream(Generic[T]):
             self._report_at = now + self._feed.report_after_s
             self._feed.acknowledge(self._finished_rows)
 
-    def _wait(self, now: float) -> "Generator[futures.Future[Any]]":
-        """Yield what to wait for, until `_ready` holds a batch or the end."""
+    async def _leave_loop(self) -> None:
+        """Let whoever is ready in the event loop run, and begin another turn."""
+        left = perf_counter()
+        for _ in range(ROUNDS):
+            await asyncio.sleep(0)
+        resumed = perf_counter()
+        # Counted from before, a turn among other streams would be over as it began.
+        self._yield_at = resumed + YIELD_AFTER_S
+        if (feed := self._feed) and (lag_s := resumed - left) > feed.times.lag_s:
+            feed.times.lag_s = lag_s
+
+    def _wait(self, now: float) -> "Generator[futures.Future[Any] | None]":
+        """Yield what to wait for, until `_ready` holds a batch or the end.
+
+        None stands for others' turn in the event loop: a batch of many blocks takes long to make.
+        """
         if self._waiting:
             raise ConsumerConflictError(
                 "another task is already waiting for a batch of this stream over split"
@@ -310,6 +328,8 @@ class BatchStream(Generic[T]):
                         yield future
                     finally:
                         times.waited_for(cause, perf_counter() - began)
+                elif perf_counter() >= self._yield_at:
+                    yield None
             self._ready = batch
             seconds = times.got(perf_counter(), batch=batch is not _END)
             if feed.spans is not None:

@@ -1,17 +1,23 @@
 """What a feed says of itself between two messages."""
 
+import asyncio
 import contextlib
+import itertools
 from concurrent.futures import Future
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from asyncsplit import feed as feed_module
+from asyncsplit import stream as stream_module
 from asyncsplit.consumer import Consumer
 from asyncsplit.core.epochs import Stream
 from asyncsplit.core.position import Position, fingerprint
 from asyncsplit.core.shuffle import ShuffleKey
-from asyncsplit.feed import Feed
+from asyncsplit.feed import FEED_S, Feed
 from asyncsplit.pipeline import Pipeline
+from asyncsplit.stream import BatchStream
 from asyncsplit.wire import Delivery, Rejoin, Slice, Started
 from tests.simulation.clock import VirtualLoop
 from tests.simulation.dataset import ROW_BYTES, Ref
@@ -159,3 +165,51 @@ def test_who_has_begun_nothing_draws_as_a_restarted_coordinator_says() -> None:
             feed.advance(0)
         assert pipeline.shuffle == ShuffleKey(10, 5, 2)
         assert feed.backlog == 1
+
+
+def test_a_batch_of_many_blocks_leaves_the_loop_to_others_as_it_is_made() -> None:
+    """And it loses none of them if it is cancelled there."""
+    loop = VirtualLoop()
+    use_clock(loop)
+    refs = [Ref(range(i, i + 1), loop, 0.0) for i in range(60)]
+    slices = tuple(Slice(ref, 0, 1, ROW_BYTES) for ref in refs)  # type: ignore[arg-type]
+    coordinator: Any = Answers(
+        start_epoch=[Started(Position(0), 10**6, Delivery(0, slices, end=True))],
+        notify_split_finished=[None],
+    )
+    looks = itertools.count()
+
+    def slow() -> float:
+        return next(looks) * FEED_S / 3
+
+    def pipeline() -> Pipeline:
+        return Pipeline(batch_size=60, batch_format="numpy")
+
+    async def run() -> tuple[int, list[int]]:
+        stream: BatchStream[Any] = BatchStream(
+            Consumer(coordinator, 0, 0), pipeline, prefetch_batches=1, batch_size=60
+        )
+        cancelled = 0
+        while True:
+            # Not one that is done before it was ever left to others.
+            attempt = asyncio.ensure_future(anext(stream))
+            for _ in range(2):
+                await asyncio.sleep(0)
+            if cancelled < 3 and attempt.cancel():
+                cancelled += 1
+                await asyncio.wait((attempt,))
+                assert attempt.cancelled()
+                continue
+            batch = await attempt
+            await stream.aclose()
+            return cancelled, batch["id"].tolist()
+
+    with (
+        fakes_installed(),
+        contextlib.closing(loop),
+        patch.object(feed_module, "perf_counter", slow),
+        patch.object(stream_module, "perf_counter", slow),
+    ):
+        cancelled, ids = loop.run_until_complete(run())
+    assert cancelled == 3
+    assert ids == list(range(60))
