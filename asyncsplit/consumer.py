@@ -71,6 +71,8 @@ class Consumer:
         self.totals = ConsumerCounters()
         self.position: Position | None = None
         """Where its next stream is to begin, if it has had one or a state was loaded."""
+        self.repeatable = True
+        """Whether an epoch of which it has read a part can be resumed, as far as known."""
         self.streams = 0
         """How many streams it has had."""
         self.was_sent = False

@@ -172,6 +172,7 @@ class Feed:
         """Begin to pull; after a restart of the coordinator, what has not been begun yet."""
         if self._cursor is None:
             self.started = started._replace(delivery=None)
+            self._consumer.repeatable = started.repeatable
             self.times.started_at = perf_counter()
             self._reading.start(started.position)
             if started.delivery is not None:

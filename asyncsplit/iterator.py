@@ -12,6 +12,7 @@ from ray.data.dataset import MaterializedDataset
 
 from asyncsplit.batches import Batches
 from asyncsplit.consumer import Consumer
+from asyncsplit.core.replay import NOT_REPEATABLE
 from asyncsplit.core.state import position_from, state_of
 from asyncsplit.errors import StateMismatchError
 from asyncsplit.guard import DuringExecution
@@ -108,6 +109,9 @@ class AsyncDataIterator(Batches):
         the process that iterates: it says where this object stands, and copies made by sending
         are consumers of their own.
 
+        It warns if the state could not be loaded: in the middle of an epoch, of a dataset that does
+        not preserve order or is routed on demand.
+
         Args:
             batch_finished: The batch in hand is finished now: the step with it is done, and
                 what is saved along with the state has it in.
@@ -120,6 +124,13 @@ class AsyncDataIterator(Batches):
                 stacklevel=2,
             )
         where = self._consumer.where(batch_finished=batch_finished)
+        if where.rows and not self._consumer.repeatable:
+            warnings.warn(
+                f"this state of split {self.split_index} cannot be loaded: epoch {where.epoch}"
+                f" {NOT_REPEATABLE}. Or save states between two epochs",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         return state_of(where, self.split_index, self._world_size)
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:

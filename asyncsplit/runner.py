@@ -290,6 +290,7 @@ class EpochRunner:
             on_demand=sharing.on_demand,
             report_after_s=sharing.report_after_s,
             more=self.epochs.epoch + 1 < (self._total or 0),
+            repeatable=sharing.repeatable,
         )
 
     def _position(self, split: int) -> Position:

@@ -37,7 +37,8 @@ class Sharing:
         # not be routed the same way twice.
         self._hints = None if keeps_order else hints
         self._routing = options.routing
-        self._repeatable = keeps_order and options.routing == "rows"
+        self.repeatable = keeps_order and options.routing == "rows"
+        """Whether an epoch can go on in the middle, because each split would be given the same."""
         self._budget = prefetch_budget(options.prefetch_bytes, n, None)
         self.on_demand = options.routing == "demand"
         # What is given on demand is asked for when the last of it is begun.
@@ -67,7 +68,7 @@ class Sharing:
             CoordinatorLostError, StateMismatchError: as that function.
         """
         return read_before(
-            resume, self._n, epoch, repeatable=self._repeatable, replicas=self.replicas
+            resume, self._n, epoch, repeatable=self.repeatable, replicas=self.replicas
         )
 
     def replays(self, earlier: tuple[tuple[Past, ...], ...]) -> Iterator[Replay]:

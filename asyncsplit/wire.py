@@ -74,6 +74,8 @@ class Started(NamedTuple):
     """Acknowledge after so long though nothing is asked for."""
     more: bool = False
     """Whether another epoch is known to come: then arrive for it as soon as this one is over."""
+    repeatable: bool = True
+    """Whether the same blocks would come in the same order again, so that a state can be loaded."""
 
     @property
     def epoch(self) -> int:

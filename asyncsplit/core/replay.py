@@ -8,6 +8,12 @@ from asyncsplit.core.readers import reader_names
 from asyncsplit.core.routing import Equal, Part, make_router
 from asyncsplit.errors import CoordinatorLostError, StateMismatchError
 
+SAME_ORDER = (
+    "the same blocks in the same order are needed for that. Set"
+    " ds.context.execution_options.preserve_order = True, and routing='rows'"
+)
+NOT_REPEATABLE = f"cannot be resumed in the middle: {SAME_ORDER}"
+
 
 def read_before(
     resume: Mapping[int, Position], n: int, epoch: int, *, repeatable: bool, replicas: int = 1
@@ -44,15 +50,11 @@ def read_before(
                 " of one run into all of them"
             )
         return earlier.pop() if earlier else ()
-    why = (
-        "the same blocks in the same order are needed for that. Set"
-        " ds.context.execution_options.preserve_order = True, and routing='rows'"
-    )
     if saved:
-        raise StateMismatchError(f"epoch {epoch} cannot be resumed in the middle: {why}")
+        raise StateMismatchError(f"epoch {epoch} {NOT_REPEATABLE}")
     raise CoordinatorLostError(
         f"the coordinator died and was restarted, but epoch {epoch} cannot go on where it was:"
-        f" {why}. The next iteration begins the next epoch"
+        f" {SAME_ORDER}. The next iteration begins the next epoch"
     )
 
 

@@ -442,6 +442,26 @@ async def test_states_between_epochs(former: Former) -> None:
     assert again.state_dict()["epoch"] == epoch + 2
 
 
+@pytest.mark.parametrize(
+    ("preserve_order", "options"),
+    [(False, SplitOptions()), (True, SplitOptions(routing="demand"))],
+    ids=["not in order", "on demand"],
+)
+async def test_a_state_that_cannot_be_loaded_warns_when_it_is_taken(
+    preserve_order: bool, options: SplitOptions
+) -> None:
+    ds = dataset(preserve_order=preserve_order)
+    (it,) = asyncsplit.streaming_split(ds, 1, options=options)
+    with pytest.warns(RuntimeWarning, match=r"cannot be loaded: epoch 0 .*preserve_order = True"):
+        _, state = await stop_at(it, 90)
+    (again,) = asyncsplit.streaming_split(ds, 1, options=options)
+    again.load_state_dict(state)
+    with pytest.raises(StateMismatchError, match="cannot be resumed in the middle"):
+        await read(again)
+    await read(it)
+    assert it.state_dict()["rows"] == 0, "between two epochs it does not warn"
+
+
 async def test_another_dataset_is_refused(stopped: dict[int, list[Stopped]]) -> None:
     """And so is one whose blocks do not go to the same splits again."""
     ((ids, state),) = stopped[1]
