@@ -199,7 +199,7 @@ def test_a_dataset_that_holds_its_blocks_is_not_executed(make: Callable[[], Data
         bundles = drain(execution)
         assert [bundle.blocks for bundle in bundles] == [bundle.blocks for bundle in executed]
         assert bundles[:1] == executed[:1]  # the schema of the first is what counts
-    assert execution.stats() == ds.stats()
+        assert execution.stats() == ds.stats()
 
 
 @pytest.mark.parametrize(
