@@ -84,7 +84,7 @@ class Bundle(NamedTuple):
 
 
 class StreamingExecution:
-    """One execution of a dataset, for one epoch; get it from `start`."""
+    """One execution of a dataset by Ray Data's executor, for one epoch; see `begin_epoch`."""
 
     def __init__(self, executor: "StreamingExecutor", bundles: "Iterator[RefBundle]"):
         self._executor = executor
@@ -236,10 +236,10 @@ class Materialized:
     ``ray/data/dataset.py`` leaves out the executor for such a dataset, but not what splits it.
     """
 
-    def __init__(self, bundles: "Sequence[RefBundle]", stats: Callable[[], str]) -> None:
-        """Deliver these bundles; ``stats`` tells how the dataset came about."""
+    def __init__(self, ds: Dataset, bundles: "Sequence[RefBundle]") -> None:
+        """Deliver a dataset's bundles."""
+        self._ds = ds
         self._bundles = deque(bundles)
-        self._tell_stats = stats
 
     def next_bundle(self) -> Bundle:
         """Return the next bundle.
@@ -269,8 +269,7 @@ class Materialized:
         """Do nothing: nobody takes a pause for a hang."""
 
     def finish(self) -> None:
-        """Do nothing more."""
-        self.shutdown()
+        """Do nothing: whoever has taken all has left nothing behind."""
 
     def shutdown(self) -> None:
         """Let go of what nobody took; idempotent, from any thread."""
@@ -278,19 +277,21 @@ class Materialized:
 
     def stats(self) -> str:
         """Return Ray's summary of how the blocks were made."""
-        return self._tell_stats()
+        return str(self._ds.stats())
 
 
 Execution: TypeAlias = StreamingExecution | Materialized
 """What the blocks of one epoch come from."""
 
 
-def start(ds: Dataset, epoch: int) -> Execution:
-    """Begin an epoch: with `StreamingExecution.start`, unless the dataset holds its blocks."""
+def begin_epoch(ds: Dataset, epoch: int) -> Execution:
+    """Start executing `ds` as `StreamingExecution.start` does, unless it holds its blocks itself.
+
+    Raises:
+        ray.exceptions.RayError: as that does.
+    """
     known = getattr(cast("Any", ds)._logical_plan.dag, "output_data", lambda: None)()
-    if known is None:
-        return StreamingExecution.start(ds, epoch)
-    return Materialized(known, lambda: str(ds.stats()))
+    return StreamingExecution.start(ds, epoch) if known is None else Materialized(ds, known)
 
 
 def _forget_definitions() -> None:

@@ -117,7 +117,7 @@ class Guard:
             self._state.executor = "starting"
             self._observed = asyncio.get_running_loop().create_future()
             try:
-                self._execution = await self._blocking(engine.start, self._dataset, epoch)
+                self._execution = await self._blocking(engine.begin_epoch, self._dataset, epoch)
             except BaseException:
                 self._ended()
                 raise

@@ -194,7 +194,7 @@ def test_a_dataset_that_holds_its_blocks_is_not_executed(make: Callable[[], Data
     ds = make()
     executed = drain(StreamingExecution.start(ds, epoch=0))
     for epoch in range(2):
-        execution = engine.start(ds, epoch)
+        execution = engine.begin_epoch(ds, epoch)
         assert isinstance(execution, Materialized)
         bundles = drain(execution)
         assert [bundle.blocks for bundle in bundles] == [bundle.blocks for bundle in executed]
@@ -213,14 +213,14 @@ def test_a_dataset_that_holds_its_blocks_is_not_executed(make: Callable[[], Data
     ids=["map", "read", "limit", "order"],
 )
 def test_any_other_dataset_is_executed(make: Callable[[], Dataset]) -> None:
-    execution = engine.start(make(), epoch=0)
+    execution = engine.begin_epoch(make(), epoch=0)
     assert isinstance(execution, StreamingExecution)
     execution.shutdown()
 
 
 def test_what_is_not_executed_knows_its_end_and_can_be_left() -> None:
     ds = numbers(100, blocks=4).materialize()
-    whole, left = engine.start(ds, epoch=0), engine.start(ds, epoch=1)
+    whole, left = engine.begin_epoch(ds, epoch=0), engine.begin_epoch(ds, epoch=1)
     ends = []
     for _ in range(4):
         assert whole.has_output

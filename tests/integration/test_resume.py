@@ -458,8 +458,19 @@ async def test_a_state_that_cannot_be_loaded_warns_when_it_is_taken(
     again.load_state_dict(state)
     with pytest.raises(StateMismatchError, match="cannot be resumed in the middle"):
         await read(again)
+    assert len(await read(again)) == 1000, "whoever iterates again begins with the next epoch"
+    assert again.state_dict()["epoch"] == 2
     await read(it)
     assert it.state_dict()["rows"] == 0, "between two epochs it does not warn"
+
+
+async def test_a_dataset_that_holds_its_blocks_is_resumed() -> None:
+    ds = dataset().materialize()
+    (it,) = asyncsplit.streaming_split(ds, 1)
+    ids, state = await stop_at(it, 90)
+    (again,) = asyncsplit.streaming_split(ds, 1)
+    again.load_state_dict(state)
+    assert ids + await read(again) == list(range(1000))
 
 
 async def test_another_dataset_is_refused(stopped: dict[int, list[Stopped]]) -> None:

@@ -62,6 +62,16 @@ async def test_during_an_epoch_it_is_refused_unless_cached() -> None:
     assert (await requests(it))["hit"] == 1
 
 
+async def test_it_is_refused_also_where_the_dataset_holds_its_blocks() -> None:
+    ds = ray.data.from_items([{"id": i} for i in range(100)], override_num_blocks=10)
+    (it,) = asyncsplit.streaming_split(ds, 1, options=SplitOptions(prefetch_bytes=1))
+    async with it.iter_batches(batch_size=1) as stream:
+        await anext(stream)
+        with pytest.raises(ExecutionActiveError):
+            await it.schema()
+        assert await names(it, during_execution="observed") == ["id"]
+
+
 async def test_waiting_for_the_epoch_to_end() -> None:
     (it,) = asyncsplit.streaming_split(unknown_schema(), 1, options=SplitOptions(prefetch_bytes=1))
     async with it.iter_batches(batch_size=1) as stream:

@@ -485,7 +485,7 @@ def fakes_installed() -> Iterator[None]:
 
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         put(engine, "actor_file", lambda: directory / _actor)
-        put(engine, "start", FakeExecution.start)
+        put(engine, "begin_epoch", FakeExecution.start)
         put(engine, "dataset_schema", FakeDataset.schema)
         put(engine, "dataset_tag", lambda dataset: "simulated")
         put(engine, "use_context", lambda context: None)

@@ -35,7 +35,7 @@ class Executions:
 @pytest.fixture
 def executions(monkeypatch: pytest.MonkeyPatch) -> Executions:
     executions = Executions()
-    monkeypatch.setattr(engine, "start", executions.start)
+    monkeypatch.setattr(engine, "begin_epoch", executions.start)
     monkeypatch.setattr(engine, "dataset_schema", executions.schema)
     return executions
 
